@@ -1,0 +1,1 @@
+"""Pure torch mathematics: no models, no schedulers, no files."""

@@ -1,0 +1,318 @@
+"""IECScheduler: any diffusers scheduler, with the corrected timesteps repeated.
+
+The inner scheduler keeps its own, logical list of timesteps and never sees a repeat; only this proxy shows the expanded
+list. A pipeline that loops over it evaluates its denoiser once more for every repeat, with its own guidance, ControlNet,
+adapters, progress bar and callbacks, exactly as it does for second-order schedulers such as Heun's.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from iec.plan import CorrectionPlan, Relaxation, StepClock, resolve, resolve_relaxation
+from iec.schedule.run import Run
+from iec.schedule.slot import Slot
+from iec.schedule.support import check_scheduler
+
+DEFAULT_STEPS = "ends:1/10"
+DEFAULT_STEPS_CACHED = "refresh"
+
+
+class IECScheduler:
+    """Wrap the diffusers scheduler `inner`; assign it to `pipe.scheduler`, or let `iec.enable(pipe)` do it.
+
+    Args:
+        inner: a diffusers scheduler.
+        steps: which steps are corrected (see `iec.plan.resolve`); None is `refresh` beside a cache, else `ends:1/10`.
+        relax: the relaxation factors (λ₁ … λ_K), or the name of a preset: paper, released-ddpm, released-ldm.
+        tol: relative residual below which a sample is frozen for the rest of its step; None: never.
+
+    It presents itself as an instance of the inner scheduler's class, forwards whatever it does not define, and saves as
+    the inner scheduler (a saved pipeline is portable and carries no IEC). `steps="none"` and `relax=(0.0,)` give the
+    plain scheduler's results bit for bit. Image-to-image and inpainting pipelines cut the list of timesteps, so they need
+    `iec.enable(pipe)`. One run at a time: a step from another thread than the one that called `set_timesteps` is refused.
+
+    Raises TypeError for a scheduler that cannot be corrected, ValueError for a bad `relax` or `tol`.
+    """
+
+    _own = frozenset({"iec", "__module__"})
+
+    def __init__(
+        self,
+        inner: Any,
+        steps: str | Iterable[int] | CorrectionPlan | None = None,
+        relax: Sequence[float] | float | str = (0.5,),
+        tol: float | None = None,
+    ) -> None:
+        if isinstance(inner, IECScheduler):
+            raise TypeError("this scheduler carries IEC already; wrap its inner one: IECScheduler(scheduler.iec.inner, ...)")
+        check_scheduler(inner)
+        vars(self)["iec"] = IECState(inner, steps, resolve_relaxation(relax, tol))
+        # diffusers derives the library of a component from this.
+        vars(self)["__module__"] = type(inner).__module__
+
+    # --- the face of the inner scheduler -------------------------------------------------------------------------
+
+    @property
+    def __class__(self) -> type:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return type(self.iec.inner)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "iec" not in vars(self):
+            raise AttributeError(name)
+        return getattr(self.iec.inner, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.iec.inner, name, value)
+        if name == "timesteps":
+            self.iec.begin_run()
+
+    def __delattr__(self, name: str) -> None:
+        delattr(self.iec.inner, name)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*object.__dir__(self), *dir(self.iec.inner)})
+
+    def __len__(self) -> int:
+        return len(self.iec.inner)
+
+    def __repr__(self) -> str:
+        state = self.iec
+        return f"IECScheduler({type(state.inner).__name__}, steps={state.steps!r}, relax={state.relaxation.factors}, tol={state.relaxation.tol})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> IECScheduler:
+        state = self.iec
+        return IECScheduler(copy.deepcopy(state.inner, memo), state.steps, state.relaxation.factors, state.relaxation.tol)
+
+    def __copy__(self) -> IECScheduler:
+        state = self.iec
+        return IECScheduler(copy.copy(state.inner), state.steps, state.relaxation.factors, state.relaxation.tol)
+
+    def __reduce__(self) -> Any:
+        state = self.iec
+        return IECScheduler, (state.inner, state.steps, state.relaxation.factors, state.relaxation.tol)
+
+    # --- what the pipeline's loop reads and calls -----------------------------------------------------------------
+
+    @property
+    def timesteps(self) -> Tensor:
+        """The inner timesteps, each corrected one 1 + K times."""
+        return self.iec.shown(self.iec.inner.timesteps)
+
+    @property
+    def sigmas(self) -> Any:
+        """The inner sigmas, repeated like the timesteps (pipelines read them by the index of their loop)."""
+        return self.iec.shown(self.iec.inner.sigmas)
+
+    @property
+    def set_timesteps(self) -> Callable[..., None]:
+        """The inner `set_timesteps`, with its signature; resolves the plan and begins a run."""
+        state = self.iec
+
+        @functools.wraps(state.inner.set_timesteps)
+        def set_timesteps(*args: Any, **kwargs: Any) -> None:
+            state.end_run()
+            state.inner.set_timesteps(*args, **kwargs)
+            state.begin_run()
+
+        return set_timesteps
+
+    @property
+    def set_begin_index(self) -> Callable[..., None]:
+        """The inner `set_begin_index`; refuses an index into the expanded list."""
+        state, inner = self.iec, self.iec.inner.set_begin_index
+
+        @functools.wraps(inner)
+        def set_begin_index(begin_index: int = 0) -> None:
+            if begin_index and not state.logical and state.plan is not None and len(state.plan):
+                raise RuntimeError(
+                    "this pipeline begins in the middle of the timesteps, which only iec.enable(pipe) can follow; "
+                    "put the plain scheduler back and call iec.enable(pipe) instead of wrapping the scheduler by hand"
+                )
+            inner(begin_index)
+
+        return set_begin_index
+
+    @property
+    def scale_model_input(self) -> Callable[..., Tensor]:
+        """The inner `scale_model_input`. While a step is corrected it returns a copy, never the sample itself."""
+        state, inner = self.iec, self.iec.inner.scale_model_input
+
+        @functools.wraps(inner)
+        def scale_model_input(sample: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            scaled = inner(sample, *args, **kwargs)
+            if state.plan is not None and len(state.plan):
+                if scaled is sample:  # a runtime with bound buffers may write its output over its input
+                    scaled = sample.clone()
+                state.scaled = (scaled, sample)
+            return scaled
+
+        return scale_model_input
+
+    @property
+    def add_noise(self) -> Callable[..., Tensor]:
+        """The inner `add_noise`; between the visits of a step its timestep means the next step's."""
+        return self._noising(self.iec.inner.add_noise, "original_samples", "timesteps")
+
+    @property
+    def scale_noise(self) -> Callable[..., Tensor]:
+        """The inner `scale_noise` of flow matching; between the visits of a step its timestep means the next step's."""
+        return self._noising(self.iec.inner.scale_noise, "sample", "timestep")
+
+    @property
+    def step(self) -> Callable[..., Any]:
+        """The inner `step`, with its signature: the ordinary step at a first visit, a correction at a repeated one."""
+        state = self.iec
+
+        @functools.wraps(state.inner.step)
+        def step(*args: Any, **kwargs: Any) -> Any:
+            return state.step(args, kwargs)
+
+        return step
+
+    def _noising(self, inner: Callable[..., Tensor], samples: str, timesteps: str) -> Callable[..., Tensor]:
+        state = self.iec
+
+        @functools.wraps(inner)
+        def noising(*args: Any, **kwargs: Any) -> Tensor:
+            run = state.run
+            if run is None or run.slot is None:
+                return inner(*args, **kwargs)
+            # Inpainting re-noises the known part to the level of the *next* entry of the list. Within a corrected step
+            # that entry is a repeat, while the sample has already moved on.
+            bound = inspect.signature(inner).bind(*args, **kwargs)
+            asked = torch.as_tensor(bound.arguments[timesteps]).reshape(-1)
+            if not bool((asked.cpu().double() == float(run.timestep)).all()):
+                return inner(*args, **kwargs)
+            if run.index + 1 == len(run.timesteps):
+                return bound.arguments[samples]
+            following = run.timesteps[run.index + 1].to(asked.device)
+            bound.arguments[timesteps] = following.expand(len(asked)) if len(asked) else following
+            return inner(*bound.args, **bound.kwargs)
+
+        return noising
+
+
+class IECState:
+    """What an `IECScheduler` holds of its own, as its attribute `iec`."""
+
+    def __init__(self, inner: Any, steps: Any, relaxation: Relaxation) -> None:
+        self.inner = inner
+        self.steps = steps
+        self.relaxation = relaxation
+        self.clock = StepClock()
+        self.refresh: Callable[[int], Iterable[int]] | None = None  # the refresh steps of an active cache
+        self.plan: CorrectionPlan | None = None
+        self.repeats: Tensor | None = None
+        self.run: Run | None = None
+        self.last_run: Run | None = None
+        self.logical = False  # show the inner list (get_timesteps of image-to-image pipelines)
+        self.scaled: tuple[Tensor, Tensor] | None = None
+        self.skip = False  # the coming evaluation is not wanted (read by the gate on the denoiser)
+        self.warned = False
+        self.signature = inspect.signature(inner.step)
+
+    # --- the list -------------------------------------------------------------------------------------------------
+
+    def shown(self, values: Any) -> Any:
+        """Timesteps or sigmas as the pipeline sees them."""
+        if self.logical or self.repeats is None or self.plan is None or not len(self.plan) or not isinstance(values, Tensor):
+            return values
+        extra = len(values) - len(self.repeats)  # sigmas end with the one of the clean image
+        if extra not in (0, 1):
+            return values
+        repeats = torch.cat([self.repeats, self.repeats.new_ones(extra)])
+        return values.repeat_interleave(repeats.to(values.device))
+
+    def begin_run(self, begin: int | None = None) -> None:
+        """Resolve the plan on the inner timesteps and stand before the first step (`begin`; None: found when it comes)."""
+        timesteps = self.inner.timesteps
+        count = len(timesteps)
+        refresh = None if self.refresh is None else tuple(self.refresh(count))
+        steps = self.steps if self.steps is not None else DEFAULT_STEPS if refresh is None else DEFAULT_STEPS_CACHED
+        self.plan = resolve(steps, count, refresh)
+        self.repeats = torch.ones(count, dtype=torch.long)
+        self.repeats[list(self.plan.steps)] += len(self.relaxation.factors)
+        self.run = self.last_run = Run(timesteps, self.plan, threading.get_ident())
+        self.scaled = None
+        self.skip = False
+        self.clock.start(count)
+        self.clock.move(begin or 0, 0, (begin or 0) not in self.plan)
+        self.run.begin = begin
+
+    def end_run(self) -> None:
+        """Forget the run, finished or aborted."""
+        self.run = self.scaled = self.plan = None
+        self.skip = False
+        self.clock.stop()
+
+    # --- a visit --------------------------------------------------------------------------------------------------
+
+    def step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One call of the pipeline: ordinary step, correction, or (outside a run of ours) the inner step as it is."""
+        run = self.run
+        if run is None:
+            return self.inner.step(*args, **kwargs)
+        if run.thread != threading.get_ident():
+            raise RuntimeError(
+                "this pipeline is running in another thread; give each thread its own: "
+                "type(pipe).from_pipe(pipe, scheduler=copy.deepcopy(pipe.scheduler)) shares the weights"
+            )
+        started = time.perf_counter()
+        arguments = self.signature.bind(*args, **kwargs).arguments
+        timestep = arguments["timestep"]
+        if run.slot is not None and run.is_at(timestep):
+            output = self._correction(run, arguments)
+        else:
+            run.enter(timestep, self.inner)
+            if run.index is not None and run.index in run.plan:
+                run.slot = Slot(self.inner, self.relaxation)
+                output = run.slot.open(self.signature, args, kwargs)
+            else:
+                output = self.inner.step(*args, **kwargs)
+        self._advance(run, started)
+        return output
+
+    def _correction(self, run: Run, arguments: dict[str, Any]) -> Any:
+        slot, sample = run.slot, arguments["sample"]
+        assert slot is not None
+        if self.skip:
+            return slot.repeat()
+        if self.scaled is not None and sample is self.scaled[0]:  # loops that rebind the scaled sample
+            sample = self.scaled[1]
+        output = slot.correct(arguments["model_output"], sample)
+        run.corrections += 1
+        if slot.stood_back and not self.warned:
+            self.warned = True
+            warnings.warn(
+                f"IEC: the model's output in the correction of step {run.index} is not finite; the samples concerned keep "
+                "their last step",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+        return output
+
+    def _advance(self, run: Run, started: float) -> None:
+        """Set the clock to the evaluation that comes next."""
+        run.note(started)
+        slot = run.slot
+        if slot is not None and slot.visit <= len(self.relaxation.factors):
+            self.skip = slot.settled() if self.relaxation.tol is not None or slot.visit == 1 else False
+            self.clock.move(run.index, slot.visit, slot.last)
+            return
+        run.close()
+        self.skip = False
+        if run.index + 1 < len(run.timesteps):
+            self.clock.move(run.index + 1, 0, run.index + 1 not in run.plan)
+        else:
+            self.clock.stop()

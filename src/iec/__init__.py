@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from iec import plan
     from iec.core.correction import Trace, correct
     from iec.pipeline.models import load, models
-    from iec.pipeline.session import Session, disable, enable, summary, undo
+    from iec.pipeline.installation import undo
+    from iec.pipeline.session import Session, disable, enable, summary
     from iec.plan import CorrectionPlan, StepClock
     from iec.schedule.scheduler import IECScheduler
 
@@ -31,7 +32,7 @@ _HOMES = {
     "models": "iec.pipeline.models",
     "plan": "iec.plan",
     "summary": "iec.pipeline.session",
-    "undo": "iec.pipeline.session",
+    "undo": "iec.pipeline.installation",
 }
 
 __all__ = [

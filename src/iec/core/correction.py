@@ -39,10 +39,14 @@ def check_relax(relax: Sequence[float] | float) -> tuple[float, ...]:
     except (TypeError, ValueError) as error:
         raise TypeError(f"relax is {relax!r}; expected factors (λ₁, …, λ_K), for example (0.5,)") from error
     if not factors:
-        raise ValueError("relax is empty (K = 0), so nothing would be corrected; use steps='none' to switch the correction off")
+        raise ValueError(
+            "relax is empty (K = 0), so nothing would be corrected; use steps='none' to switch the correction off"
+        )
     for factor in factors:
         if not math.isfinite(factor) or factor < 0:
-            raise ValueError(f"relax holds {factor}; every relaxation factor λ must be finite and at least 0, usually 0.5")
+            raise ValueError(
+                f"relax holds {factor}; every relaxation factor λ must be finite and at least 0, usually 0.5"
+            )
     return factors
 
 

@@ -73,7 +73,9 @@ class FeatureNetwork(nn.Module):
         self.config = config
         first = config.channels[0]
         self.stem = nn.Sequential(_conv(config.in_channels, first), nn.BatchNorm2d(first), nn.ReLU())
-        self.stages = nn.Sequential(*(_downward(i, o) for i, o in zip(config.channels, config.channels[1:], strict=False)))
+        self.stages = nn.Sequential(
+            *(_downward(i, o) for i, o in zip(config.channels, config.channels[1:], strict=False))
+        )
         # Linear, not rectified: the Gaussians of the Fréchet distance fit such features better, and no direction is lost.
         self.embed = nn.Linear(config.channels[-1], config.features)
         self.head = nn.Sequential(nn.ReLU(), nn.Dropout(config.dropout), nn.Linear(config.features, config.classes))
@@ -143,13 +145,17 @@ def load_features(name_or_path: str | os.PathLike[str]) -> FeatureNetwork:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         tensors = load_file(folder / "model.safetensors")
     except FileNotFoundError as error:
-        raise ValueError(f"{folder}: no feature network, {Path(str(error.filename or 'a file')).name} is missing") from error
+        raise ValueError(
+            f"{folder}: no feature network, {Path(str(error.filename or 'a file')).name} is missing"
+        ) from error
     except (json.JSONDecodeError, SafetensorError) as error:
         raise ValueError(f"{folder}: damaged feature network: {error}") from error
     if not isinstance(config, dict) or config.get("format") != "iec-features":
         raise ValueError(f"{folder}: config.json is not that of an IEC feature network")
     if config.get("version") != VERSION:
-        raise ValueError(f"{folder}: feature network of version {config.get('version')!r}, this release reads {VERSION}")
+        raise ValueError(
+            f"{folder}: feature network of version {config.get('version')!r}, this release reads {VERSION}"
+        )
     fields = {f.name for f in dataclasses.fields(FeatureConfig)}
     network = FeatureNetwork(FeatureConfig(**{k: v for k, v in config.items() if k in fields}))
     try:

@@ -169,10 +169,12 @@ def inception_score(logits: torch.Tensor, *, split: int = 5000) -> Estimate:
     does. With a domain classifier it says whether images are recognisable and of all classes.
     """
     if logits.ndim != 2 or len(logits) == 0 or split < 1:
-        raise ValueError(f"logits of {tuple(logits.shape)} in splits of {split}: expected (N, classes), N and split >= 1")
+        raise ValueError(
+            f"logits of {tuple(logits.shape)} in splits of {split}: expected (N, classes), N and split >= 1"
+        )
     scores = []
     for part in logits.double().split(split):
         conditional = part.log_softmax(1)
-        marginal = (conditional.logsumexp(0) - torch.tensor(len(part), dtype=torch.float64).log())
+        marginal = conditional.logsumexp(0) - torch.tensor(len(part), dtype=torch.float64).log()
         scores.append((conditional.exp() * (conditional - marginal)).sum(1).mean().exp())
     return _estimate(scores)

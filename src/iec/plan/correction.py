@@ -57,7 +57,9 @@ def resolve_relaxation(relax: Sequence[float] | float | str, tol: float | None) 
     """
     if isinstance(relax, str):
         if relax not in PRESETS:
-            raise ValueError(f"unknown relax preset {relax!r}; known: {', '.join(PRESETS)}; or give factors such as (0.5,)")
+            raise ValueError(
+                f"unknown relax preset {relax!r}; known: {', '.join(PRESETS)}; or give factors such as (0.5,)"
+            )
         preset = PRESETS[relax]
         return Relaxation(preset.factors, preset.tol if tol is None else check_tol(tol))
     return Relaxation(check_relax(relax), check_tol(tol))
@@ -80,7 +82,9 @@ def resolve(
         raise ValueError(f"num_steps is {num_steps}, expected at least 1")
     if isinstance(steps, CorrectionPlan):
         if steps.num_steps != num_steps:
-            raise ValueError(f"the plan was made for {steps.num_steps} steps, the run has {num_steps}; resolve its spec {steps.spec!r} anew")
+            raise ValueError(
+                f"the plan was made for {steps.num_steps} steps, the run has {num_steps}; resolve its spec {steps.spec!r} anew"
+            )
         return steps
     if not isinstance(steps, str):
         try:
@@ -90,55 +94,68 @@ def resolve(
         steps = "at:" + ",".join(map(str, listed)) if listed else "none"
     held = None if refresh is None else frozenset(refresh)
     chosen: set[int] = set()
-    for joined in steps.split("+"):
-        parts = [_atom(part.strip().lower(), steps, num_steps, held) for part in joined.split("&")]
-        chosen |= frozenset.intersection(*parts)
+    for parts in parse(steps):
+        chosen |= frozenset.intersection(*(_select(atom, steps, num_steps, held) for atom in parts))
     if not chosen and steps.strip().lower() != "none":
         raise ValueError(f"steps {steps!r} selects none of the {num_steps} steps; use 'none' if that is meant")
     return CorrectionPlan(tuple(sorted(chosen)), num_steps, steps)
 
 
-def _atom(atom: str, spec: str, num_steps: int, refresh: frozenset[int] | None) -> frozenset[int]:
+class Atom(NamedTuple):
+    """One form of the grammar: `argument` is the N of first, last and ends, and the indices of at."""
+
+    kind: str
+    argument: int | Fraction | tuple[int, ...] | None = None
+
+
+def parse(steps: str) -> list[list[Atom]]:
+    """Read the grammar: a union of intersections of atoms. Raises ValueError for what no run, however long, could mean."""
+    return [[_atom(part.strip().lower(), steps) for part in joined.split("&")] for joined in steps.split("+")]
+
+
+def _atom(text: str, spec: str) -> Atom:
+    if text in ("all", "none", "refresh"):
+        return Atom(text)
+    kind, _, argument = (part.strip() for part in text.partition(":"))
+    if kind in ("first", "last", "ends"):
+        if re.fullmatch(r"\d+", argument):
+            if int(argument) == 0:
+                raise ValueError(f"steps {spec!r}: the count 0 selects nothing; use 'none' if that is meant")
+            return Atom(kind, int(argument))
+        if re.fullmatch(r"\d+\s*/\s*\d+", argument):
+            top, bottom = (int(number) for number in argument.split("/"))
+            if bottom == 0 or not 0 < top <= bottom:
+                raise ValueError(f"steps {spec!r}: the fraction {argument} is not above 0 and at most 1")
+            return Atom(kind, Fraction(top, bottom))
+        raise ValueError(f"steps {spec!r}: {argument!r} is neither a count nor a fraction such as 1/10")
+    if kind == "at":
+        items = [item.strip() for item in argument.split(",")]
+        for item in items:
+            if not re.fullmatch(r"-?\d+", item):
+                raise ValueError(f"steps {spec!r}: {item!r} is not a step index")
+        return Atom(kind, tuple(map(int, items)))
+    raise ValueError(f"steps {spec!r}: {text!r} is not understood; expected {FORMS}")
+
+
+def _select(atom: Atom, spec: str, num_steps: int, refresh: frozenset[int] | None) -> frozenset[int]:
     every = range(num_steps)
-    if atom == "all":
-        return frozenset(every)
-    if atom == "none":
+    kind, argument = atom
+    if kind == "none":
         return frozenset()
-    if atom == "refresh":
+    if kind == "refresh":
         if refresh is None:
             raise ValueError(f"steps {spec!r}: 'refresh' needs an active cache, and this pipeline has none")
-        outside = sorted(step for step in refresh if step not in every)
+        argument = tuple(refresh)
+    if isinstance(argument, tuple):
+        outside = sorted(step for step in argument if step not in every)
         if outside:
-            raise ValueError(f"steps {spec!r}: the cache refreshes at {outside}, but the run has only {num_steps} steps")
-        return refresh
-    kind, colon, argument = (part.strip() for part in atom.partition(":"))
-    if colon and kind in ("first", "last", "ends"):
-        count = _count(argument, spec, num_steps)
-        first, last = frozenset(every[:count]), frozenset(every[num_steps - count :])
-        return {"first": first, "last": last, "ends": first | last}[kind]
-    if colon and kind == "at":
-        return frozenset(_index(item.strip(), spec, num_steps) for item in argument.split(","))
-    raise ValueError(f"steps {spec!r}: {atom!r} is not understood; expected {FORMS}")
-
-
-def _count(text: str, spec: str, num_steps: int) -> int:
-    if re.fullmatch(r"\d+", text):
-        count = int(text)
-        if not 1 <= count <= num_steps:
-            raise ValueError(f"steps {spec!r}: the count {count} is not in 1..{num_steps}, the steps of this run")
-        return count
-    if re.fullmatch(r"\d+\s*/\s*\d+", text):
-        top, bottom = (int(number) for number in text.split("/"))
-        if bottom == 0 or not 0 < top <= bottom:
-            raise ValueError(f"steps {spec!r}: the fraction {text} is not above 0 and at most 1")
-        return max(1, int(Fraction(top, bottom) * num_steps))
-    raise ValueError(f"steps {spec!r}: {text!r} is neither a count nor a fraction such as 1/10")
-
-
-def _index(text: str, spec: str, num_steps: int) -> int:
-    if not re.fullmatch(r"-?\d+", text):
-        raise ValueError(f"steps {spec!r}: {text!r} is not a step index")
-    step = int(text)
-    if not 0 <= step < num_steps:
-        raise ValueError(f"steps {spec!r}: step {step} is not in 0..{num_steps - 1}, the steps of this run")
-    return step
+            raise ValueError(f"steps {spec!r}: {outside} not in 0..{num_steps - 1}, the steps of this run")
+        return frozenset(argument)
+    if isinstance(argument, Fraction):
+        count = max(1, int(argument * num_steps))
+    else:
+        count = num_steps if argument is None else argument
+    if count > num_steps:
+        raise ValueError(f"steps {spec!r}: the count {count} is not in 1..{num_steps}, the steps of this run")
+    first, last = frozenset(every[:count]), frozenset(every[num_steps - count :])
+    return {"all": first, "first": first, "last": last, "ends": first | last}[kind]

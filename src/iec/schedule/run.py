@@ -13,14 +13,17 @@ from iec.schedule.slot import Slot
 
 
 class Run:
-    """The course of one pass over the timesteps. `index` is the current step; `slot` its correction while one is open."""
+    """The course of one pass over the timesteps, from step `begin` on.
 
-    def __init__(self, timesteps: Tensor, plan: CorrectionPlan, thread: int) -> None:
+    `index` is the current step (-1: none yet), `slot` its correction while one is open.
+    """
+
+    def __init__(self, timesteps: Tensor, plan: CorrectionPlan, begin: int, thread: int) -> None:
         self.timesteps = timesteps
         self.values = [float(t) for t in timesteps.tolist()]
         self.plan = plan
         self.thread = thread
-        self.begin: int | None = None  # the first step, where the pipeline told it (image to image)
+        self.begin = begin
         self.index = -1
         self.slot: Slot | None = None
         self.corrections = 0
@@ -38,28 +41,32 @@ class Run:
         """Whether `timestep` (a number or a tensor of equal ones) is the current step's."""
         return _value(timestep) == self.timestep
 
-    def enter(self, timestep: Any, inner: Any) -> None:
-        """Move to the step of `timestep`: the next one in order, or wherever a loop that began in the middle stands."""
-        value = _value(timestep)
-        following = self.index + 1
-        if self.index < 0:
-            following = self.begin if self.begin is not None else 0
-        if following < len(self.values) and self.values[following] == value:
-            self.index = following
-        elif self.index < 0 and value in self.values:
+    def enter(self, timestep: Any, inner: Any) -> str | None:
+        """Move to the step of `timestep`; `index` is then that step, or -1 when the timestep is not of this run.
+
+        That is the next step in order. A loop that begins in the middle, jumps, or leaves a step before its corrections is
+        followed as well as can be; then the complaint is returned.
+        """
+        value, complaint = _value(timestep), None
+        left = self.slot is not None
+        expected = self.index + 1 if self.index >= 0 else self.begin
+        if expected < len(self.values) and self.values[expected] == value:
+            self.index = expected
+        elif value in self.values:
+            complaint = f"the loop came to timestep {value:g} out of order"
             # The inner scheduler knows which of several equal timesteps begins a shortened run.
             known = getattr(inner, "index_for_timestep", None)
-            self.index = int(known(torch.tensor(value).to(self.timesteps))) if known is not None else self.values.index(value)
+            at = int(known(torch.tensor(value).to(self.timesteps))) if known is not None and self.index < 0 else None
+            self.index = self.values.index(value) if at is None else at
         else:
-            raise ValueError(
-                f"step() was called with timestep {value:g}, but step {following} of this run is at "
-                f"{self.values[following] if following < len(self.values) else 'its end'}; call set_timesteps() before each run and "
-                "loop over scheduler.timesteps"
-            )
+            self.index = -1
+        if left:
+            complaint = "the loop left a step before its corrections"
         self.slot = None
+        return complaint
 
-    def note(self, started: float) -> None:
-        """Account for one visit whose step() began at `started`."""
+    def note(self) -> None:
+        """Account for the visit that has just ended; its time runs from the end of the visit before."""
         now = time.perf_counter()
         self.visits += 1
         if self.slot is not None and self.slot.visit > 1:

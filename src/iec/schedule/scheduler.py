@@ -11,7 +11,6 @@ import copy
 import functools
 import inspect
 import threading
-import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -45,8 +44,6 @@ class IECScheduler:
     Raises TypeError for a scheduler that cannot be corrected, ValueError for a bad `relax` or `tol`.
     """
 
-    _own = frozenset({"iec", "__module__"})
-
     def __init__(
         self,
         inner: Any,
@@ -55,7 +52,9 @@ class IECScheduler:
         tol: float | None = None,
     ) -> None:
         if isinstance(inner, IECScheduler):
-            raise TypeError("this scheduler carries IEC already; wrap its inner one: IECScheduler(scheduler.iec.inner, ...)")
+            raise TypeError(
+                "this scheduler carries IEC already; wrap its inner one: IECScheduler(scheduler.iec.inner, ...)"
+            )
         check_scheduler(inner)
         vars(self)["iec"] = IECState(inner, steps, resolve_relaxation(relax, tol))
         # diffusers derives the library of a component from this.
@@ -92,7 +91,9 @@ class IECScheduler:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> IECScheduler:
         state = self.iec
-        return IECScheduler(copy.deepcopy(state.inner, memo), state.steps, state.relaxation.factors, state.relaxation.tol)
+        return IECScheduler(
+            copy.deepcopy(state.inner, memo), state.steps, state.relaxation.factors, state.relaxation.tol
+        )
 
     def __copy__(self) -> IECScheduler:
         state = self.iec
@@ -222,11 +223,23 @@ class IECState:
         self.warned = False
         self.signature = inspect.signature(inner.step)
 
+    def configure(self, steps: Any, relaxation: Relaxation) -> None:
+        """Change what is corrected, from the next run on."""
+        self.end_run()
+        self.last_run = None
+        self.steps, self.relaxation = steps, relaxation
+
     # --- the list -------------------------------------------------------------------------------------------------
 
     def shown(self, values: Any) -> Any:
         """Timesteps or sigmas as the pipeline sees them."""
-        if self.logical or self.repeats is None or self.plan is None or not len(self.plan) or not isinstance(values, Tensor):
+        if (
+            self.logical
+            or self.repeats is None
+            or self.plan is None
+            or not len(self.plan)
+            or not isinstance(values, Tensor)
+        ):
             return values
         extra = len(values) - len(self.repeats)  # sigmas end with the one of the clean image
         if extra not in (0, 1):
@@ -234,21 +247,24 @@ class IECState:
         repeats = torch.cat([self.repeats, self.repeats.new_ones(extra)])
         return values.repeat_interleave(repeats.to(values.device))
 
-    def begin_run(self, begin: int | None = None) -> None:
-        """Resolve the plan on the inner timesteps and stand before the first step (`begin`; None: found when it comes)."""
+    def begin_run(self, begin: int = 0) -> None:
+        """Resolve the plan and stand before step `begin` of the inner timesteps.
+
+        Image-to-image runs begin in the middle; there the plan is resolved on the steps that remain.
+        """
         timesteps = self.inner.timesteps
         count = len(timesteps)
-        refresh = None if self.refresh is None else tuple(self.refresh(count))
+        refresh = None if self.refresh is None else [s - begin for s in self.refresh(count) if s >= begin]
         steps = self.steps if self.steps is not None else DEFAULT_STEPS if refresh is None else DEFAULT_STEPS_CACHED
-        self.plan = resolve(steps, count, refresh)
+        remaining = resolve(steps, count - begin, refresh)
+        self.plan = CorrectionPlan(tuple(step + begin for step in remaining.steps), count, remaining.spec)
         self.repeats = torch.ones(count, dtype=torch.long)
         self.repeats[list(self.plan.steps)] += len(self.relaxation.factors)
-        self.run = self.last_run = Run(timesteps, self.plan, threading.get_ident())
+        self.run = self.last_run = Run(timesteps, self.plan, begin, threading.get_ident())
         self.scaled = None
-        self.skip = False
+        self.skip = self.warned = False
         self.clock.start(count)
-        self.clock.move(begin or 0, 0, (begin or 0) not in self.plan)
-        self.run.begin = begin
+        self.clock.move(begin, 0, begin not in self.plan)
 
     def end_run(self) -> None:
         """Forget the run, finished or aborted."""
@@ -268,19 +284,24 @@ class IECState:
                 "this pipeline is running in another thread; give each thread its own: "
                 "type(pipe).from_pipe(pipe, scheduler=copy.deepcopy(pipe.scheduler)) shares the weights"
             )
-        started = time.perf_counter()
         arguments = self.signature.bind(*args, **kwargs).arguments
         timestep = arguments["timestep"]
         if run.slot is not None and run.is_at(timestep):
             output = self._correction(run, arguments)
         else:
-            run.enter(timestep, self.inner)
-            if run.index is not None and run.index in run.plan:
+            complaint = run.enter(timestep, self.inner)
+            if complaint is not None and len(run.plan):
+                self._warn(
+                    f"{complaint}, so IEC may correct other steps than planned; if this is an image-to-image or inpainting pipeline, "
+                    "put the plain scheduler back and use iec.enable(pipe)",
+                    UserWarning,
+                )
+            if run.index in run.plan:
                 run.slot = Slot(self.inner, self.relaxation)
                 output = run.slot.open(self.signature, args, kwargs)
             else:
                 output = self.inner.step(*args, **kwargs)
-        self._advance(run, started)
+        self._advance(run)
         return output
 
     def _correction(self, run: Run, arguments: dict[str, Any]) -> Any:
@@ -292,19 +313,24 @@ class IECState:
             sample = self.scaled[1]
         output = slot.correct(arguments["model_output"], sample)
         run.corrections += 1
-        if slot.stood_back and not self.warned:
-            self.warned = True
-            warnings.warn(
-                f"IEC: the model's output in the correction of step {run.index} is not finite; the samples concerned keep "
-                "their last step",
+        if slot.stood_back:
+            self._warn(
+                f"the model's output in the correction of step {run.index} is not finite; the samples concerned keep their last step",
                 RuntimeWarning,
-                stacklevel=4,
             )
         return output
 
-    def _advance(self, run: Run, started: float) -> None:
+    def _warn(self, message: str, category: type[Warning]) -> None:
+        """Warn once in a run."""
+        if not self.warned:
+            self.warned = True
+            warnings.warn(f"IEC: {message}", category, stacklevel=5)
+
+    def _advance(self, run: Run) -> None:
         """Set the clock to the evaluation that comes next."""
-        run.note(started)
+        run.note()
+        if run.index < 0:  # a timestep that is not of this run: the inner scheduler has answered
+            return
         slot = run.slot
         if slot is not None and slot.visit <= len(self.relaxation.factors):
             self.skip = slot.settled() if self.relaxation.tol is not None or slot.visit == 1 else False

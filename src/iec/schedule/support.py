@@ -68,7 +68,9 @@ def check_scheduler(scheduler: Any) -> None:
     """
     name = type(scheduler).__name__
     if isinstance(scheduler, type):
-        raise TypeError(f"expected a scheduler object, found the class {scheduler.__name__}; make one with .from_config(...)")
+        raise TypeError(
+            f"expected a scheduler object, found the class {scheduler.__name__}; make one with .from_config(...)"
+        )
     if name in REFUSED:
         raise TypeError(
             f"{name} cannot be corrected: {REFUSED[name]}; choose another, for example "
@@ -82,9 +84,13 @@ def check_scheduler(scheduler: Any) -> None:
     parameters = list(inspect.signature(scheduler.step).parameters)
     expected = ["model_output", "timestep", "sample"]
     if not set(expected) <= set(parameters):
-        raise TypeError(f"{name} cannot be corrected: its step() takes ({', '.join(parameters)}), expected {', '.join(expected)}")
+        raise TypeError(
+            f"{name} cannot be corrected: its step() takes ({', '.join(parameters)}), expected {', '.join(expected)}"
+        )
     warnings.warn(
-        f"{name} has not been tested with IEC; check that relax=(0.0,) gives the plain pipeline's images", UserWarning, stacklevel=3
+        f"{name} has not been tested with IEC; check that relax=(0.0,) gives the plain pipeline's images",
+        UserWarning,
+        stacklevel=3,
     )
 
 

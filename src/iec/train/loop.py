@@ -111,7 +111,9 @@ def train(
         with autocast:
             loss = task.loss(run, pixels.to(device), images.labels[chosen].to(device), generator)
         if not math.isfinite(loss.item()):
-            raise RuntimeError(f"{recipe.name}: the loss is {loss.item()} at step {step}; lower the learning rate and resume")
+            raise RuntimeError(
+                f"{recipe.name}: the loss is {loss.item()} at step {step}; lower the learning rate and resume"
+            )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.gradient_clip)
@@ -138,7 +140,12 @@ def _update_average(average: torch.nn.Module, model: torch.nn.Module, decay: flo
 
 
 def _save(
-    file: Path, recipe: TrainRecipe, step: int, model: torch.nn.Module, average: torch.nn.Module, optimizer: torch.optim.Optimizer
+    file: Path,
+    recipe: TrainRecipe,
+    step: int,
+    model: torch.nn.Module,
+    average: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
 ) -> None:
     tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
     tensors |= {f"average.{k}": v for k, v in average.state_dict().items()}

@@ -87,7 +87,9 @@ def load_recipe(name_or_path: str | Path) -> TrainRecipe:
         folder = resources.files("iec") / "recipes" / "train"
         known = sorted(f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml"))
         if str(name_or_path) not in known:
-            raise ValueError(f"unknown training recipe {str(name_or_path)!r}; bundled: {', '.join(known)}; or give a .toml file")
+            raise ValueError(
+                f"unknown training recipe {str(name_or_path)!r}; bundled: {', '.join(known)}; or give a .toml file"
+            )
         text = (folder / f"{name_or_path}.toml").read_text(encoding="utf-8")
     try:
         table = tomllib.loads(text)

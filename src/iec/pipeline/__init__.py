@@ -1,0 +1,1 @@
+"""IEC in diffusers pipelines: enable, disable, summary; and the bundled models."""

@@ -1,0 +1,35 @@
+"""The models that come with the package, and loading any other by diffusers."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+
+def _bundled() -> dict[str, Path]:
+    root = Path(str(resources.files("iec") / "bundled"))
+    return {folder.name: folder for folder in sorted(root.glob("*")) if (folder / "model_index.json").is_file()}
+
+
+def models() -> tuple[str, ...]:
+    """Names of the bundled models, for `iec.load`."""
+    return tuple(_bundled())
+
+
+def load(model: str | Path, **kwargs: Any) -> Any:
+    """Load a diffusers pipeline: a bundled name, a local folder or a Hub id. `kwargs` go to diffusers' `from_pretrained`.
+
+    Raises ValueError, naming the bundled models, when diffusers finds nothing under that name.
+    """
+    from diffusers import DiffusionPipeline
+
+    folder = _bundled().get(str(model))
+    if folder is not None:
+        kwargs.setdefault("use_safetensors", True)
+    try:
+        return DiffusionPipeline.from_pretrained(str(folder or model), **kwargs)
+    except OSError as error:
+        raise ValueError(
+            f"no model {str(model)!r}: neither bundled ({', '.join(_bundled())}), nor a folder, nor to be had from the Hub: {error}"
+        ) from error

@@ -1,0 +1,158 @@
+"""iec.enable, iec.disable, iec.summary: the correction switched on and off on a pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from iec.pipeline.installation import Installation, installation, installed, switching
+from iec.pipeline.summary import Summary
+from iec.plan import CorrectionPlan, Relaxation, StepClock, parse, resolve_relaxation
+from iec.schedule.scheduler import IECScheduler
+
+
+class Session:
+    """IEC on one pipeline; made by `iec.enable`. As a context manager it disables IEC at the end of the block."""
+
+    def __init__(
+        self, held: Installation, steps: str | tuple[int, ...] | CorrectionPlan | None, relaxation: Relaxation
+    ) -> None:
+        self.held, self.steps, self.relaxation = held, steps, relaxation
+        held.state.configure(steps, relaxation)
+
+    @property
+    def pipe(self) -> Any:
+        """The pipeline."""
+        return self.held.pipe
+
+    @property
+    def scheduler(self) -> IECScheduler:
+        """The scheduler that the pipeline carries."""
+        return self.held.scheduler
+
+    @property
+    def clock(self) -> StepClock:
+        """The clock of the pipeline."""
+        return self.held.state.clock
+
+    @property
+    def evaluations(self) -> int:
+        """Denoiser forwards of the last run."""
+        return sum(gate.evaluations for gate in self.held.gates.values())
+
+    @property
+    def active(self) -> bool:
+        """Whether the pipeline carries this session."""
+        return installed(self.pipe) is self.held and self.held.in_place and self in self.held.parts
+
+    def summary(self) -> Summary:
+        """What is corrected, and what the last run did."""
+        state = self.held.state
+        spec = state.steps if state.steps is not None else "default"
+        about = {
+            "pipeline": type(self.pipe).__name__,
+            "scheduler": type(state.inner).__name__,
+            "spec": spec.spec
+            if isinstance(spec, CorrectionPlan)
+            else spec
+            if isinstance(spec, str)
+            else str(tuple(spec)),
+            "relax": state.relaxation.factors,
+            "tol": state.relaxation.tol,
+            "enabled": self.active,
+        }
+        run = state.last_run
+        if run is None or not run.visits:
+            return Summary(**about)
+        return Summary(
+            **{**about, "spec": run.plan.spec},
+            num_steps=len(run.values) - run.begin,
+            steps=tuple(step - run.begin for step in run.plan.steps),
+            evaluations=self.evaluations,
+            corrections=run.corrections,
+            spared=sum(gate.spared for gate in self.held.gates.values()),
+            seconds=run.ended - run.started,
+            correction_seconds=run.correction_seconds,
+            residuals={
+                step - run.begin: tuple(float(value.float().mean()) for value in values)
+                for step, values in run.residuals.items()
+            },
+        )
+
+    def disable(self) -> None:
+        """Take IEC off the pipeline; nothing happens if it is off already."""
+        with switching:
+            if self in self.held.parts:
+                self.held.drop(self)
+
+    def remove(self) -> None:
+        """Leave the scheduler without corrections; `Installation.drop` calls it."""
+        self.held.state.configure("none", self.relaxation)
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.disable()
+
+    def __repr__(self) -> str:
+        return f"Session({type(self.pipe).__name__}, {self.scheduler!r}, {'active' if self.active else 'ended'})"
+
+
+def enable(
+    pipe: Any,
+    steps: str | Iterable[int] | CorrectionPlan | None = None,
+    relax: Sequence[float] | float | str = (0.5,),
+    tol: float | None = None,
+) -> Session:
+    """Switch IEC on: every following call of `pipe` corrects the chosen steps.
+
+    Args:
+        pipe: a diffusers pipeline with a scheduler and a denoiser (`unet`, `transformer`, …), full precision or efficient.
+        steps: which steps (see `iec.plan.resolve`); None is `refresh` beside a cache of ours, else `ends:1/10`.
+        relax: relaxation factors (λ₁ … λ_K), one extra evaluation each, or a preset: paper, released-ddpm, released-ldm.
+        tol: relative residual below which a sample is frozen and spends no more on its step; None: never.
+
+    Enabling again with the same options returns the same session; with others it raises ValueError. Raises TypeError for a
+    pipeline or scheduler that cannot be corrected, ValueError for bad options; the pipeline is then as it was.
+    """
+    wanted = resolve_relaxation(relax, tol)
+    if steps is not None and not isinstance(steps, (str, CorrectionPlan)):
+        steps = tuple(steps)
+    if isinstance(steps, str):
+        parse(steps)
+    with switching:
+        held = installation(pipe)
+        session = _session(held)
+        if session is None:
+            session = Session(held, steps, wanted)
+            held.add(session)
+        elif (session.steps, session.relaxation) != (steps, wanted):
+            raise ValueError(
+                f"IEC is on already, as {session.scheduler!r}; call iec.disable(pipe) before enabling it with other options"
+            )
+        return session
+
+
+def disable(pipe: Any) -> None:
+    """Switch IEC off: the pipeline is bit for bit what it was before `enable`. Nothing happens if it is off.
+
+    A scheduler that was assigned since `enable` stays.
+    """
+    session = _session(installed(pipe))
+    if session is not None:
+        session.disable()
+
+
+def summary(pipe: Any) -> Summary:
+    """What IEC corrects on `pipe`, and the evaluations, seconds and residuals of its last run."""
+    session = _session(installed(pipe))
+    if session is None:
+        return Summary(
+            type(pipe).__name__, type(getattr(pipe, "scheduler", None)).__name__, "none", (), None, enabled=False
+        )
+    return session.summary()
+
+
+def _session(held: Installation | None) -> Session | None:
+    return next((part for part in held.parts if isinstance(part, Session)), None) if held is not None else None

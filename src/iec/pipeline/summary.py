@@ -1,0 +1,76 @@
+"""What a session did in its last run, for people and for programs."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The state of IEC on a pipeline, and its last run.
+
+    `num_steps`, `steps` and all that follows are None or empty before the first run. `evaluations` counts denoiser forwards;
+    `spared` those that convergence saved. `residuals` maps a step to the relative residual of each of its corrections,
+    averaged over the batch. Seconds are wall time from the first to the last step.
+    """
+
+    pipeline: str
+    scheduler: str
+    spec: str
+    relax: tuple[float, ...]
+    tol: float | None
+    enabled: bool
+    num_steps: int | None = None
+    steps: tuple[int, ...] = ()
+    evaluations: int | None = None
+    corrections: int = 0
+    spared: int = 0
+    seconds: float | None = None
+    correction_seconds: float | None = None
+    residuals: dict[int, tuple[float, ...]] | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        if not self.enabled:
+            return f"IEC is not enabled on this {self.pipeline}."
+        relax = ", ".join(f"{factor:g}" for factor in self.relax)
+        tol = "none" if self.tol is None else f"{self.tol:g}"
+        lines = [
+            f"IEC on {self.pipeline} ({self.scheduler})",
+            f"  plan         steps={self.spec}  relax=({relax})  tol={tol}",
+        ]
+        if self.num_steps is None or self.seconds is None or self.correction_seconds is None:
+            return "\n".join([*lines, "  last run     none yet"])
+        lines.append(f"  corrected    {len(self.steps)} of {self.num_steps} steps: {_ranges(self.steps)}")
+        spared = f", {self.spared} spared by convergence" if self.spared else ""
+        lines.append(f"  evaluations  {self.evaluations} ({self.corrections} corrections{spared})")
+        lines.append(f"  time         {self.seconds:.2f} s, of which corrections {self.correction_seconds:.2f} s")
+        if self.residuals:
+            first, last = min(self.residuals), max(self.residuals)
+            values = [value for step in self.residuals.values() for value in step]
+            if values:
+                lines.append(
+                    f"  residuals    {_numbers(self.residuals[first])} at step {first}, {_numbers(self.residuals[last])} at step {last}, "
+                    f"largest {max(values):.1e}"
+                )
+        return "\n".join(lines)
+
+
+def _numbers(values: tuple[float, ...]) -> str:
+    return "/".join(f"{value:.1e}" for value in values) or "none"
+
+
+def _ranges(steps: tuple[int, ...]) -> str:
+    """(0, 1, 2, 7) → "0-2, 7"; cut after eight ranges."""
+    ranges: list[list[int]] = []
+    for step in steps:
+        if ranges and step == ranges[-1][1] + 1:
+            ranges[-1][1] = step
+        else:
+            ranges.append([step, step])
+    shown = [f"{first}" if first == last else f"{first}-{last}" for first, last in ranges]
+    return ", ".join(shown[:8]) + (", ..." if len(shown) > 8 else "") if shown else "none"

@@ -1,0 +1,1 @@
+"""Comparisons: several ways to sample the same seeds, side by side."""

@@ -1,0 +1,114 @@
+"""How a comparison is shown: a labelled grid of images, and one self-contained HTML page."""
+
+from __future__ import annotations
+
+import base64
+import io
+import platform
+from collections.abc import Sequence
+from importlib import resources
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from iec.bench.arms import Outcome
+from iec.bench.reading import reading
+
+COLOURS = {"reference": "#5b6472", "plain": "#2b6cb0", "corrected": "#c05621", "control": "#2f855a"}
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """One uint8 image (C, H, W), grey or RGB, as a PIL image."""
+    array = image.permute(1, 2, 0).numpy()
+    return Image.fromarray(array[:, :, 0], "L") if array.shape[2] == 1 else Image.fromarray(array, "RGB")
+
+
+def comparison_grid(outcomes: Sequence[Outcome], columns: int = 10, scale: int = 2) -> Image.Image:
+    """Rows are arms, columns the same seeds; the label gives evaluations and the PSNR to the first row."""
+    font, small = ImageFont.load_default(size=15), ImageFont.load_default(size=12)
+    shown = min(columns, len(outcomes[0].images))
+    side, gap, label = outcomes[0].images.shape[-1] * scale, 4, 350
+    sheet = Image.new("RGB", (label + shown * (side + gap) + gap, len(outcomes) * (side + gap) + gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    for index, outcome in enumerate(outcomes):
+        top = gap + index * (side + gap)
+        name, _, detail = outcome.arm.name.partition(": ")
+        first, second = (name, detail) if detail and outcome.arm.kind == "reference" else (outcome.arm.name, "")
+        facts = _facts(outcome)
+        draw.text((10, top + 8), first.replace(f", {outcome.arm.num_inference_steps} steps", f" {outcome.arm.num_inference_steps}"),
+                  fill=COLOURS[outcome.arm.kind], font=font)  # fmt: skip
+        draw.text((10, top + 30), f"{second}  {facts}".strip() if second else facts, fill="#444444", font=small)
+        for column in range(shown):
+            picture = to_pil(outcome.images[column]).convert("RGB").resize((side, side), Image.Resampling.NEAREST)
+            sheet.paste(picture, (label + column * (side + gap), top))
+    return sheet
+
+
+def _facts(outcome: Outcome) -> str:
+    close = "" if outcome.psnr is None else f", PSNR {outcome.psnr:.1f} dB"
+    return f"{spent(outcome)} evaluations, {outcome.seconds:.1f} s{close}"
+
+
+def spent(outcome: Outcome) -> str:
+    """Evaluations as a reader wants them: whole forwards, and those that reused the cache."""
+    return f"{outcome.evaluations - outcome.reused}+{outcome.reused}r" if outcome.reused else f"{outcome.evaluations}"
+
+
+def page(outcomes: Sequence[Outcome], picture: Image.Image, *, model: str, num: int, seed: int) -> str:
+    """One HTML file with everything in it: the grid, the table, quality against cost, and what the numbers say."""
+    import torch
+    from jinja2 import Environment
+
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG", optimize=True)
+    template = (resources.files("iec") / "bench" / "templates" / "demo.html").read_text(encoding="utf-8")
+    return (
+        Environment(autoescape=True)
+        .from_string(template)
+        .render(
+            outcomes=outcomes,
+            spent=spent,
+            colours=COLOURS,
+            grid=base64.b64encode(buffer.getvalue()).decode(),
+            chart=_chart(outcomes),
+            reading=reading(outcomes),
+            model=model,
+            num=num,
+            last=seed + num - 1,
+            seed=seed,
+            machine=f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        )
+    )
+
+
+def _chart(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """Points of PSNR against seconds in a 640 × 300 drawing, with axis ticks."""
+    compared = [o for o in outcomes if o.psnr is not None]
+    width, height, left, bottom = 640, 300, 50, 40
+    longest = max(o.seconds for o in compared) * 1.08
+    low = min(o.psnr or 0.0 for o in compared) - 1.0
+    high = max(o.psnr or 0.0 for o in compared) + 1.0
+
+    def x(seconds: float) -> float:
+        return round(left + (width - left - 10) * seconds / longest, 1)
+
+    def y(psnr: float) -> float:
+        return round(10 + (height - bottom - 10) * (high - psnr) / (high - low), 1)
+
+    spacing = max(1, round((high - low) / 5))
+    step = max(0.1, round(longest / 6, 1))
+    return {
+        "width": width,
+        "height": height,
+        "left": left,
+        "base": height - bottom,
+        "points": [
+            {"x": x(o.seconds), "y": y(o.psnr or 0.0), "colour": COLOURS[o.arm.kind], "name": o.arm.name, "number": index + 1}
+            for index, o in enumerate(compared)
+        ],
+        "xs": [{"x": x(step * i), "text": f"{step * i:.1f}"} for i in range(int(longest / step) + 1)],
+        "ys": [
+            {"y": y(level), "text": f"{level}"} for level in range(int(low) + 1, int(high) + 1) if level % spacing == 0
+        ],
+    }

@@ -1,0 +1,166 @@
+"""Images of a pipeline, each from its own seed, and what they cost."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from iec.pipeline.adapters import denoisers
+from iec.pipeline.installation import installed
+
+# Arguments that pipelines want once per image; a single value is repeated.
+_PER_IMAGE = ("prompt", "prompt_2", "prompt_3", "negative_prompt", "negative_prompt_2", "negative_prompt_3", "class_labels")
+_OURS = ("generator", "output_type", "return_dict", "num_images_per_prompt")
+
+
+def sample(
+    pipe: Any,
+    seeds: Sequence[int],
+    num_inference_steps: int,
+    batch_size: int = 16,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """Images (N, C, H, W), uint8 on the CPU, one per seed, by the pipeline's own call.
+
+    Every image has a CPU generator of its own, so it depends on its seed alone and not on the batch or the device (up to
+    the rounding of the kernels). Further `kwargs` go to the pipeline; prompts and class labels may be one value for all
+    images or a list with one per image. Values are rounded as x * 255 + 0.5. `progress(done, N)` is called after each batch.
+
+    Raises ValueError for no seeds, a bad batch size or number of steps, arguments that the pipeline does not take or lacks;
+    RuntimeError when images hold NaN or infinity.
+    """
+    if not seeds or batch_size < 1 or num_inference_steps < 1:
+        raise ValueError(
+            f"{len(seeds)} seeds in batches of {batch_size} with {num_inference_steps} steps: expected at least 1 of each"
+        )
+    accepted = inspect.signature(pipe.__call__).parameters
+    _check(type(pipe).__name__, accepted, kwargs)
+    for key in _PER_IMAGE:
+        if isinstance(kwargs.get(key), (list, tuple)) and len(kwargs[key]) != len(seeds):
+            raise ValueError(f"{key} has {len(kwargs[key])} entries for {len(seeds)} seeds; give one value, or one per seed")
+    batches: list[torch.Tensor] = []
+    for start in range(0, len(seeds), batch_size):
+        chosen = slice(start, start + batch_size)
+        count = len(seeds[chosen])
+        arguments = {key: _part(value, chosen, count) if key in _PER_IMAGE else value for key, value in kwargs.items()}
+        if "batch_size" in accepted:
+            arguments["batch_size"] = count
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds[chosen]]
+        result = pipe(generator=generators, num_inference_steps=num_inference_steps, output_type="np", **arguments)
+        batches.append(_to_uint8(result.images, seeds[chosen]))
+        if progress is not None:
+            progress(start + count, len(seeds))
+    return torch.cat(batches)
+
+
+def _check(name: str, accepted: Any, kwargs: dict[str, Any]) -> None:
+    """Raise ValueError for arguments that the pipeline does not take, that are ours to set, or that it needs and lacks."""
+    ours = [key for key in kwargs if key in (*_OURS, "batch_size")]
+    if ours:
+        raise ValueError(f"{', '.join(ours)}: set by sample() itself; leave out")
+    missing = [key for key in ("generator", "num_inference_steps", "output_type") if key not in accepted]
+    if missing:
+        raise ValueError(f"{name} takes no {', '.join(missing)}, so sample() cannot drive it")
+    unknown = [key for key in kwargs if key not in accepted]
+    if unknown:
+        takes = ", ".join(key for key in accepted if key not in (*_OURS, "batch_size", "self", "args", "kwargs"))
+        raise ValueError(f"{name} takes no {', '.join(unknown)}; it takes {takes}")
+    conditions = [key for key in ("prompt", "class_labels") if key in accepted]
+    embedded = any(key.endswith("_embeds") and value is not None for key, value in kwargs.items())
+    if "batch_size" not in accepted and conditions and not embedded and kwargs.get(conditions[0]) is None:
+        raise ValueError(f"{name} needs {conditions[0]}=...")
+
+
+def _part(value: Any, chosen: slice, count: int) -> Any:
+    if value is None:
+        return None
+    return list(value[chosen]) if isinstance(value, (list, tuple)) else [value] * count
+
+
+def _to_uint8(images: Any, seeds: Sequence[int]) -> torch.Tensor:
+    """The pipeline's floats (B, H, W, C) in 0..1 -> uint8 (B, C, H, W)."""
+    pixels = torch.as_tensor(images).float()
+    bad = [seed for seed, image in zip(seeds, pixels, strict=True) if not bool(image.isfinite().all())]
+    if bad:
+        raise RuntimeError(f"the images of seeds {bad} hold NaN or infinity; try a wider dtype, or the plain model")
+    return (pixels * 255 + 0.5).clamp(0, 255).to(torch.uint8).permute(0, 3, 1, 2).contiguous()
+
+
+def set_scheduler(pipe: Any, name: str, **changes: Any) -> None:
+    """Replace the scheduler of `pipe` by diffusers' class `name`, made from the present one's config.
+
+    `changes` override entries of the config. Raises ValueError when diffusers has no such scheduler.
+    """
+    import diffusers
+
+    kind = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
+    if kind is None or not hasattr(kind, "from_config"):
+        raise ValueError(
+            f"diffusers has no scheduler {name!r}; known are DDIMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler, "
+            "UniPCMultistepScheduler and others: https://huggingface.co/docs/diffusers/api/schedulers/overview"
+        )
+    pipe.scheduler = kind.from_config(pipe.scheduler.config, **changes)
+
+
+@dataclasses.dataclass
+class Cost:
+    """What ran within `measure`: `evaluations` (denoiser forwards, over all batches) and wall-clock `seconds`."""
+
+    evaluations: int = 0
+    seconds: float = 0.0
+
+
+@contextlib.contextmanager
+def measure(pipe: Any) -> Iterator[Cost]:
+    """Count the denoiser evaluations of `pipe` and the seconds until the end of the block.
+
+    Evaluations are counted by a forward hook on every denoiser, not by IEC itself; calls that IEC spares because a step
+    has converged are not evaluations. On an accelerator the clock stops only when its queue is empty. The seconds stand
+    when the block ends, also by an exception.
+
+    Raises TypeError for a pipeline without a torch denoiser.
+    """
+    models = denoisers(pipe)
+    for name, model in models.items():
+        if not isinstance(model, torch.nn.Module):
+            raise TypeError(
+                f"{type(pipe).__name__}.{name} is a {type(model).__name__}, not a torch module, so its evaluations cannot be "
+                "counted by a hook; read them from iec.summary(pipe)"
+            )
+    cost = Cost()
+    spared = dict.fromkeys(models, 0)
+
+    def hook(name: str) -> Callable[..., None]:
+        def count(*_: Any) -> None:
+            held = installed(pipe)
+            now = held.gates[name].spared if held is not None else 0
+            # The gate's count starts anew with each run; only a higher one means that this call was answered by it.
+            if now <= spared[name]:
+                cost.evaluations += 1
+            spared[name] = now
+
+        return count
+
+    handles = [model.register_forward_hook(hook(name)) for name, model in models.items()]
+    devices = {p.device for model in models.values() for p in model.parameters() if p.device.type == "cuda"}
+    started = _now(devices)
+    try:
+        yield cost
+    finally:
+        cost.seconds = _now(devices) - started
+        for handle in handles:
+            handle.remove()
+
+
+def _now(devices: set[torch.device]) -> float:
+    for device in devices:
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -1,0 +1,14 @@
+"""Settings of the test run: one thread each, and the one warning that is another package's."""
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Several schedulers of diffusers hand tensors to numpy functions, in a way that numpy 2 will no longer accept.
+    for message in ("__array__ implementation doesn't accept a copy keyword", "__array_wrap__ must accept context"):
+        config.addinivalue_line("filterwarnings", f"ignore:{message}:DeprecationWarning")
+    # torchsde complains of the rounding of diffusers' own sigmas.
+    config.addinivalue_line("filterwarnings", "ignore:Should have t[ab]:UserWarning")

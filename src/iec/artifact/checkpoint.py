@@ -39,12 +39,13 @@ def load(path: str | os.PathLike[str], *, fingerprint: str) -> tuple[dict[str, t
                 raise ValueError(f"{path}: no IEC checkpoint (its 'iec' metadata is missing); delete it to start anew")
             if meta.get("version") != VERSION:
                 raise ValueError(
-                    f"{path}: checkpoint version {meta.get('version')!r}, this release reads {VERSION}; delete it to start anew"
+                    f"{path}: checkpoint version {meta.get('version')!r}, this release reads {VERSION}; "
+                    "delete it to start anew"
                 )
             if meta.get("fingerprint") != fingerprint:
                 raise ValueError(
-                    f"{path}: the checkpoint belongs to another run (fingerprint {meta.get('fingerprint')!r}, this run has "
-                    f"{fingerprint!r}); choose another output folder or delete it"
+                    f"{path}: the checkpoint belongs to another run (fingerprint {meta.get('fingerprint')!r}, "
+                    f"this run has {fingerprint!r}); choose another output folder or delete it"
                 )
             return {name: opened.get_tensor(name) for name in opened.keys()}, meta  # noqa: SIM118 - not a dict
     except SafetensorError as error:

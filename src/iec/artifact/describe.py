@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,8 @@ def parameters(folder: str | os.PathLike[str]) -> dict[str, int]:
 def describe(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """What is in `folder`: `kind`, `bytes`, and what is known of that kind, as plain values.
 
-    Kinds are "pipeline", "features", "training run" and "other". Raises ValueError when there is no such folder or a file
-    in it is damaged.
+    Kinds are "pipeline", "features", "training run" and "other". Raises ValueError when there is no such folder or a
+    file in it is damaged.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -54,14 +55,16 @@ def describe(folder: str | os.PathLike[str]) -> dict[str, Any]:
     if (folder / "model_index.json").is_file():
         index = _read(folder / "model_index.json")
         parts = {k: v[1] for k, v in index.items() if isinstance(v, list) and len(v) == 2 and v[1]}
-        about |= {"kind": "pipeline", "class": index.get("_class_name"), "components": parts, "values": parameters(folder)}
+        about |= {"kind": "pipeline", "class": index.get("_class_name"), "components": parts}
+        about["values"] = parameters(folder)
     elif (folder / "checkpoint.safetensors").is_file():
         about |= {"kind": "training run", **_checkpoint(folder / "checkpoint.safetensors")}
         about["finished"] = (folder / "model").is_dir()
     elif (folder / "config.json").is_file() and _read(folder / "config.json").get("format") == "iec-features":
         config = _read(folder / "config.json")
         about |= {"kind": "features", "version": config.get("version"), "channels": config.get("channels")}
-        about |= {"features": config.get("features"), "classes": config.get("class_names"), "values": parameters(folder)}
+        about |= {"features": config.get("features"), "classes": config.get("class_names")}
+        about["values"] = parameters(folder)
     else:
         about["files"] = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())[:20]
     return about
@@ -76,3 +79,9 @@ def _checkpoint(file: Path) -> dict[str, Any]:
     except SafetensorError as error:
         raise ValueError(f"{file}: truncated or damaged checkpoint ({error}); delete it to start anew") from error
     return {key: meta.get(key) for key in ("name", "step", "fingerprint")}
+
+
+def bundled() -> dict[str, dict[str, Any]]:
+    """What comes with the package, by folder name, each as `describe` tells it."""
+    root = Path(str(resources.files("iec") / "bundled"))
+    return {folder.name: describe(folder) for folder in sorted(root.glob("*")) if folder.is_dir()}

@@ -1,7 +1,7 @@
 """The feature network of the domain metrics: a small classifier whose penultimate layer stands in for Inception.
 
-FID, KID and IS on its features need no download and suit the data they are trained on, but they are comparable only with
-numbers from the same network: always name it beside the number.
+FID, KID and IS on its features need no download and suit the data they are trained on, but they are comparable only
+with numbers from the same network: always name it beside the number.
 """
 
 from __future__ import annotations
@@ -76,14 +76,15 @@ class FeatureNetwork(nn.Module):
         self.stages = nn.Sequential(
             *(_downward(i, o) for i, o in zip(config.channels, config.channels[1:], strict=False))
         )
-        # Linear, not rectified: the Gaussians of the Fréchet distance fit such features better, and no direction is lost.
+        # Linear, not rectified: the Gaussians of the Fréchet distance fit such features better.
         self.embed = nn.Linear(config.channels[-1], config.features)
         self.head = nn.Sequential(nn.ReLU(), nn.Dropout(config.dropout), nn.Linear(config.features, config.classes))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         if images.ndim != 4 or images.shape[1] != self.config.in_channels:
             raise ValueError(
-                f"feature network: images have the shape {tuple(images.shape)}, expected (B, {self.config.in_channels}, H, W)"
+                f"feature network: images have the shape {tuple(images.shape)}, "
+                f"expected (B, {self.config.in_channels}, H, W)"
             )
         scaled = images.float() / 255 if images.dtype == torch.uint8 else images.float()
         hidden = self.stages(self.stem(scaled * 2 - 1))

@@ -7,11 +7,13 @@ import platform
 from importlib import metadata
 from typing import Any
 
+_PACKAGES = ("iec-diffusion", "torch", "diffusers", "transformers", "accelerate", "numpy", "onnxruntime", "torchao")
+
 
 def versions() -> dict[str, str]:
     """Versions of Python, this package and the packages whose numbers depend on it; absent ones are left out."""
     found = {"python": platform.python_version()}
-    for name in ("iec-diffusion", "torch", "diffusers", "transformers", "accelerate", "numpy", "onnxruntime", "torchao"):
+    for name in _PACKAGES:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -20,7 +22,7 @@ def versions() -> dict[str, str]:
 
 
 def machine() -> dict[str, Any]:
-    """Plain values: processor, cores, threads of torch, vector and matrix instructions for int8, memory, accelerators."""
+    """Plain values: processor, cores, torch's threads, vector and int8 instructions, memory, accelerators."""
     import torch
 
     return {
@@ -32,6 +34,19 @@ def machine() -> dict[str, Any]:
         "memory_gib": _memory_gib(),
         "accelerators": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
+
+
+def choose_device(device: str = "auto") -> str:
+    """The device to work on: "auto" is CUDA where there is one, else the CPU. Raises ValueError for one torch lacks."""
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}; try --device cpu") from error
+    return device
 
 
 def _proc(file: str) -> list[tuple[str, str]]:

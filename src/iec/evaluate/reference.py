@@ -32,8 +32,8 @@ class Reference:
 class DomainMetrics:
     """Fréchet distance, KID and IS on the features of the named bundled network, of `count` images.
 
-    `fid` and `kid` are small for images like the real ones; `inception_score` lies in 1..classes. The Fréchet distance is
-    biased upwards for small `count`: compare only numbers of equal count. KID is unbiased.
+    `fid` and `kid` are small for images like the real ones; `inception_score` lies in 1..classes. The Fréchet distance
+    is biased upwards for small `count`: compare only numbers of equal count. KID is unbiased.
     """
 
     network: str
@@ -86,7 +86,8 @@ def load_reference(name_or_path: str | os.PathLike[str], split: Literal["train",
             if meta.get("network") != _identity(folder):
                 raise ValueError(f"{file}: the statistics were made with another feature network; make them again")
             mean, scatter, count, features = (
-                opened.get_tensor(key) for key in (f"{split}.mean", f"{split}.scatter", f"{split}.count", "test.features")
+                opened.get_tensor(key)
+                for key in (f"{split}.mean", f"{split}.scatter", f"{split}.count", "test.features")
             )
     except FileNotFoundError as error:
         raise ValueError(f"{folder}: no {FILE} or no model.safetensors in it") from error

@@ -15,7 +15,8 @@ from iec.pipeline.adapters import denoisers
 from iec.pipeline.installation import installed
 
 # Arguments that pipelines want once per image; a single value is repeated.
-_PER_IMAGE = ("prompt", "prompt_2", "prompt_3", "negative_prompt", "negative_prompt_2", "negative_prompt_3", "class_labels")
+_PROMPTS = ("prompt", "prompt_2", "prompt_3")
+_PER_IMAGE = (*_PROMPTS, *(f"negative_{name}" for name in _PROMPTS), "class_labels")
 _OURS = ("generator", "output_type", "return_dict", "num_images_per_prompt")
 
 
@@ -30,22 +31,26 @@ def sample(
 ) -> torch.Tensor:
     """Images (N, C, H, W), uint8 on the CPU, one per seed, by the pipeline's own call.
 
-    Every image has a CPU generator of its own, so it depends on its seed alone and not on the batch or the device (up to
-    the rounding of the kernels). Further `kwargs` go to the pipeline; prompts and class labels may be one value for all
-    images or a list with one per image. Values are rounded as x * 255 + 0.5. `progress(done, N)` is called after each batch.
+    Every image has a CPU generator of its own, so it depends on its seed alone and not on the batch or the device (up
+    to the rounding of the kernels). Further `kwargs` go to the pipeline; prompts and class labels may be one value for
+    all images or a list with one per image. Values are rounded as x * 255 + 0.5. `progress(done, N)` is called after
+    each batch.
 
-    Raises ValueError for no seeds, a bad batch size or number of steps, arguments that the pipeline does not take or lacks;
-    RuntimeError when images hold NaN or infinity.
+    Raises ValueError for no seeds, a bad batch size or number of steps, arguments that the pipeline does not take or
+    lacks; RuntimeError when images hold NaN or infinity.
     """
     if not seeds or batch_size < 1 or num_inference_steps < 1:
         raise ValueError(
-            f"{len(seeds)} seeds in batches of {batch_size} with {num_inference_steps} steps: expected at least 1 of each"
+            f"{len(seeds)} seeds in batches of {batch_size} with {num_inference_steps} steps: "
+            "expected at least 1 of each"
         )
     accepted = inspect.signature(pipe.__call__).parameters
     _check(type(pipe).__name__, accepted, kwargs)
     for key in _PER_IMAGE:
         if isinstance(kwargs.get(key), (list, tuple)) and len(kwargs[key]) != len(seeds):
-            raise ValueError(f"{key} has {len(kwargs[key])} entries for {len(seeds)} seeds; give one value, or one per seed")
+            raise ValueError(
+                f"{key} has {len(kwargs[key])} entries for {len(seeds)} seeds; give one value, or one per seed"
+            )
     batches: list[torch.Tensor] = []
     for start in range(0, len(seeds), batch_size):
         chosen = slice(start, start + batch_size)
@@ -62,7 +67,7 @@ def sample(
 
 
 def _check(name: str, accepted: Any, kwargs: dict[str, Any]) -> None:
-    """Raise ValueError for arguments that the pipeline does not take, that are ours to set, or that it needs and lacks."""
+    """Raise ValueError for arguments that the pipeline does not take or lacks, or that are ours to set."""
     ours = [key for key in kwargs if key in (*_OURS, "batch_size")]
     if ours:
         raise ValueError(f"{', '.join(ours)}: set by sample() itself; leave out")
@@ -104,8 +109,9 @@ def set_scheduler(pipe: Any, name: str, **changes: Any) -> None:
     kind = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
     if kind is None or not hasattr(kind, "from_config"):
         raise ValueError(
-            f"diffusers has no scheduler {name!r}; known are DDIMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler, "
-            "UniPCMultistepScheduler and others: https://huggingface.co/docs/diffusers/api/schedulers/overview"
+            f"diffusers has no scheduler {name!r}; it has DDIMScheduler, DPMSolverMultistepScheduler, "
+            "HeunDiscreteScheduler, UniPCMultistepScheduler and others: "
+            "https://huggingface.co/docs/diffusers/api/schedulers/overview"
         )
     pipe.scheduler = kind.from_config(pipe.scheduler.config, **changes)
 
@@ -132,8 +138,8 @@ def measure(pipe: Any) -> Iterator[Cost]:
     for name, model in models.items():
         if not isinstance(model, torch.nn.Module):
             raise TypeError(
-                f"{type(pipe).__name__}.{name} is a {type(model).__name__}, not a torch module, so its evaluations cannot be "
-                "counted by a hook; read them from iec.summary(pipe)"
+                f"{type(pipe).__name__}.{name} is a {type(model).__name__}, not a torch module, so its evaluations "
+                "cannot be counted by a hook; read them from iec.summary(pipe)"
             )
     cost = Cost()
     spared = dict.fromkeys(models, 0)

@@ -1,7 +1,7 @@
 """Training images in memory: uint8 tensors (N, C, H, W) and int64 labels (N,).
 
-`fashion-mnist` reads the four idx files of Zalando (Debian package dataset-fashion-mnist, or any folder that holds them);
-`cifar10` reads the parquet files of the Hub's dataset (columns `img`/`image` and `label`).
+`fashion-mnist` reads the four idx files of Zalando (Debian package dataset-fashion-mnist, or any folder that holds
+them); `cifar10` reads the parquet files of the Hub's dataset (columns `img`/`image` and `label`).
 """
 
 from __future__ import annotations

@@ -32,18 +32,22 @@ class FeaturesTask:
         # Through model(...) and not model.logits(...): only the call itself is compiled.
         return torch.nn.functional.cross_entropy(model.head(model(pixels * 0.5 + 0.5)), labels)
 
-    def accuracy(self, model: torch.nn.Module) -> float:
-        """Share of the test images, 0..1, whose most probable class is their label."""
+    @property
+    def test(self) -> Images:
+        """The test images, read when they are first asked for."""
         if self._test is None:
             self._test = load_images(self.recipe.data, "test", self._data)
+        return self._test
+
+    def accuracy(self, model: torch.nn.Module) -> float:
+        """Share of the test images, 0..1, whose most probable class is their label."""
         assert isinstance(model, FeatureNetwork)
-        _, logits = extract(model, self._test.pixels)
-        return (logits.argmax(1) == self._test.labels).double().mean().item()
+        _, logits = extract(model, self.test.pixels)
+        return (logits.argmax(1) == self.test.labels).double().mean().item()
 
     def preview(self, model: torch.nn.Module, folder: Path, step: int) -> str:
         return f"test accuracy {100 * self.accuracy(model):.2f} %"
 
     def export(self, model: torch.nn.Module, folder: Path) -> None:
         assert isinstance(model, FeatureNetwork)
-        names = self._test.classes if self._test is not None else ()
-        save_features(model, folder, names)
+        save_features(model, folder, self.test.classes)

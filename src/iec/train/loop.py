@@ -21,7 +21,10 @@ from iec.train.recipe import TrainRecipe
 
 
 class Task(Protocol):
-    """What is trained. `loss` sees pixels as float (B, C, H, W) in -1..1 and labels (B,); its noise comes from `generator`."""
+    """What is trained.
+
+    `loss` sees pixels as float (B, C, H, W) in -1..1 and labels (B,); it draws its noise from `generator`.
+    """
 
     model: torch.nn.Module
 
@@ -38,13 +41,18 @@ class Task(Protocol):
         ...
 
 
+def _mixed(seed: int, number: int) -> int:
+    """A seed for draw `number` of the run with `seed`. torch's CPU generator takes 32 bits and ignores all above."""
+    return (seed * 0x9E3779B1 + number) % 2**32
+
+
 def batch_indices(count: int, batch_size: int, step: int, seed: int) -> torch.Tensor:
-    """Indices (batch_size,) of optimiser step `step`: consecutive slices of one fresh permutation of `count` per epoch."""
+    """Indices (batch_size,) of optimiser step `step`: consecutive slices of one permutation of `count` per epoch."""
     first = step * batch_size
     indices: list[torch.Tensor] = []
     while batch_size > 0:
         epoch, offset = divmod(first, count)
-        order = torch.randperm(count, generator=torch.Generator().manual_seed((seed << 32) + epoch))
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(_mixed(seed, epoch)))
         taken = order[offset : offset + batch_size]
         indices.append(taken)
         first += len(taken)
@@ -82,8 +90,9 @@ def train(
 ) -> Path:
     """Run `recipe` to its end in `folder` and return the folder of the exported model, `folder/model`.
 
-    Continues from `folder/checkpoint.safetensors` when there is one; raises ValueError when that belongs to another run.
-    `progress(step, steps, loss)` is called after every step. `stop_after` ends the call at that step, checkpointed.
+    Continues from `folder/checkpoint.safetensors` when there is one; raises ValueError when that belongs to another
+    run, RuntimeError when the loss is not finite. `progress(step, steps, loss)` is called after every step.
+    `stop_after` ends the call at that step, checkpointed.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -102,12 +111,12 @@ def train(
 
     model.train()
     for step in range(start, end):
-        generator = torch.Generator().manual_seed((recipe.seed << 32) + 2 * step)
+        generator = torch.Generator().manual_seed(_mixed(recipe.seed, 2 * step))
         chosen = batch_indices(len(images.pixels), recipe.batch_size, step, recipe.seed)
         pixels = augment(images.pixels[chosen].float() / 127.5 - 1.0, recipe, generator)
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate_at(step)
-        torch.manual_seed((recipe.seed << 32) + 2 * step + 1)  # dropout
+        torch.manual_seed(_mixed(recipe.seed, 2 * step + 1))  # dropout
         with autocast:
             loss = task.loss(run, pixels.to(device), images.labels[chosen].to(device), generator)
         if not math.isfinite(loss.item()):

@@ -20,8 +20,8 @@ else:  # pragma: no cover - Python 3.10
 class TrainRecipe:
     """One training run. Every field may stand in the TOML file; `name`, `kind`, `data` and `model` must.
 
-    `kind` is "denoiser" (a diffusers UNet2DModel, ε-prediction) or "features" (the small classifier whose features serve
-    the domain metrics). Steps are optimiser steps of `batch_size` images.
+    `kind` is "denoiser" (a diffusers UNet2DModel, ε-prediction) or "features" (the small classifier whose features
+    serve the domain metrics). Steps are optimiser steps of `batch_size` images.
     """
 
     name: str
@@ -40,7 +40,7 @@ class TrainRecipe:
     gradient_clip: float = 1.0
     flip: bool = False  # random horizontal mirror
     shift: int = 0  # random translation by at most that many pixels (classifier only)
-    dropout: float = 0.0
+    dropout: float = 0.0  # before the last layer (classifier only; a denoiser's stands in its table [model])
     precision: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False
     seed: int = 0
@@ -73,6 +73,16 @@ class TrainRecipe:
         return self.learning_rate * min(rise, max(0.0, fall))
 
 
+_TYPES: dict[str, tuple[type, ...]] = {
+    "str": (str,),
+    "Literal": (str,),
+    "int": (int,),
+    "float": (float, int),
+    "bool": (bool,),
+    "dict": (dict,),
+}
+
+
 def load_recipe(name_or_path: str | Path) -> TrainRecipe:
     """Read a bundled recipe by name, or a TOML file by path.
 
@@ -102,4 +112,8 @@ def load_recipe(name_or_path: str | Path) -> TrainRecipe:
     missing = [k for k in ("name", "kind", "data", "model") if k not in table]
     if missing:
         raise ValueError(f"recipe {name_or_path}: missing keys {missing}")
+    for key, value in table.items():
+        expected = _TYPES[known_keys[key].type.split("[")[0]]
+        if not isinstance(value, expected) or (isinstance(value, bool) and bool not in expected):
+            raise ValueError(f"recipe {name_or_path}: {key} is {value!r}, expected {known_keys[key].type}")
     return TrainRecipe(**table)

@@ -6,22 +6,10 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
+from iec.evaluate.machine import choose_device
 from iec.train.data import load_images
 from iec.train.loop import Task, train
 from iec.train.recipe import TrainRecipe
-
-
-def choose_device(device: str = "auto") -> str:
-    """The device to train on: "auto" is CUDA where there is one, else the CPU. Raises ValueError for one torch lacks."""
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-        raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}; try --device cpu") from error
-    return device
 
 
 def make_task(recipe: TrainRecipe, data: str | os.PathLike[str] | None = None) -> Task:

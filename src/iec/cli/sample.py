@@ -1,0 +1,101 @@
+"""`iec sample`: images of a model, each from its own seed, as one grid."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from iec.cli.console import bar, print_json, stdout
+
+
+def _factors(text: str) -> str | tuple[float, ...]:
+    """ "0.5" or "1.0,0.5" as numbers; anything else is the name of a preset."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        return text
+
+
+def sample(
+    model: Annotated[
+        str, typer.Argument(help="A bundled model (see `iec info`), a folder, or a Hub id.", show_default=False)
+    ],
+    num: Annotated[int, typer.Option(min=1, metavar="N", help="Number of images.")] = 16,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the first image; image i has seed + i.")] = 0,
+    num_inference_steps: Annotated[int, typer.Option(min=1, metavar="N", help="Steps of the scheduler.")] = 50,
+    steps: Annotated[
+        str, typer.Option(metavar="PLAN", help="Steps to correct: none, all, ends:1/10, first:3, at:0,9, ...")
+    ] = "none",
+    relax: Annotated[
+        str, typer.Option(metavar="LAMBDAS", help="Relaxation factors, or a preset: 0.5 | 1.0,0.5 | paper")
+    ] = "0.5",
+    tol: Annotated[
+        float | None,
+        typer.Option(metavar="X", help="Relative residual below which a sample is left alone.  [default: never]"),
+    ] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(metavar="NAME", help="A scheduler class of diffusers.  [default: the model's]")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="Text, for text-to-image models.")] = None,
+    class_label: Annotated[int | None, typer.Option(metavar="N", help="Class, for class-conditional models.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Images at a time.")] = 16,
+    device: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda, ...")] = "auto",
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The grid, a PNG file.")] = Path("out/samples.png"),
+    columns: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Columns of the grid.  [default: about square]")
+    ] = None,
+    save_images: Annotated[Path | None, typer.Option(metavar="DIR", help="Also save each image, as SEED.png.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Sample images, plain or corrected by IEC, into one grid."""
+    import iec
+    from iec.evaluate.images import save_each, save_grid
+    from iec.evaluate.machine import choose_device
+    from iec.evaluate.sampling import measure, set_scheduler
+    from iec.evaluate.sampling import sample as sample_images
+
+    pipe = iec.load(model).to(choose_device(device))
+    pipe.set_progress_bar_config(disable=True)
+    if scheduler is not None:
+        set_scheduler(pipe, scheduler)
+    given = {"prompt": prompt, "class_labels": class_label}
+    conditions: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    if steps != "none":
+        iec.enable(pipe, steps=steps, relax=_factors(relax), tol=tol)
+
+    seeds = range(seed, seed + num)
+    with bar("images  {task.fields[evaluations]} evaluations") as shown, measure(pipe) as cost:
+        task = shown.add_task("sampling", total=num, evaluations=0)
+
+        def progress(done: int, _: int) -> None:
+            shown.update(task, completed=done, evaluations=cost.evaluations)
+
+        images = sample_images(pipe, seeds, num_inference_steps, batch_size, progress=progress, **conditions)
+
+    save_grid(images, out, columns)
+    if save_images is not None:
+        save_each(images, save_images, seeds)
+    batches = -(-num // batch_size)
+    summary = iec.summary(pipe) if steps != "none" else None
+    if as_json:
+        print_json(
+            {
+                "model": model,
+                "scheduler": type(pipe.scheduler).__name__ if summary is None else summary.scheduler,
+                "seeds": [seed, seed + num - 1],
+                "num_inference_steps": num_inference_steps,
+                "evaluations": cost.evaluations,
+                "batches": batches,
+                "seconds": round(cost.seconds, 3),
+                "out": str(out),
+                "iec": summary.as_dict() if summary is not None else None,
+            }
+        )
+        return
+    per_batch = f" = {batches} batches of {cost.evaluations / batches:g}" if batches > 1 else ""
+    if summary is not None:
+        stdout.print(str(summary), markup=False, highlight=False, soft_wrap=True)
+    counted = f"{num} images, {cost.evaluations} evaluations{per_batch}, {cost.seconds:.1f} s"
+    stdout.print(f"{counted}\n{out}", markup=False, highlight=False, soft_wrap=True)

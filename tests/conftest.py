@@ -1,4 +1,4 @@
-"""Settings of the test run: one thread each, and the one warning that is another package's."""
+"""Settings of the test run: one thread each, and warnings that are another package's."""
 
 import pytest
 import torch
@@ -10,5 +10,3 @@ def pytest_configure(config: pytest.Config) -> None:
     # Several schedulers of diffusers hand tensors to numpy functions, in a way that numpy 2 will no longer accept.
     for message in ("__array__ implementation doesn't accept a copy keyword", "__array_wrap__ must accept context"):
         config.addinivalue_line("filterwarnings", f"ignore:{message}:DeprecationWarning")
-    # torchsde complains of the rounding of diffusers' own sigmas.
-    config.addinivalue_line("filterwarnings", "ignore:Should have t[ab]:UserWarning")

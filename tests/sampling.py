@@ -1,7 +1,7 @@
 """A toy denoiser, the schedulers under test, a plain sampling loop, and a correction written without the proxy.
 
-`reference` is the independent statement of the method: it never touches `iec`. It copies the scheduler before every step and
-takes the step again from the copy, with the generators put back.
+`reference` is the independent statement of the method: it never touches `iec`. It copies the scheduler before every
+step and takes the step again from the copy, with the generators put back.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Small pipelines with random weights, one per family, built from configurations: nothing is downloaded.
 
-`CASES` lists them. `Case.build()` gives a pipeline whose modules are shared between tests of one process, with a scheduler
-of its own; `Case.kwargs()` gives the arguments of a call, with fresh generators; `run()` calls it and records the denoiser.
+`CASES` lists them. `Case.build()` gives a pipeline whose modules are shared between tests of one process, with a
+scheduler of its own; `Case.kwargs()` gives the arguments of a call, with fresh generators; `run()` calls it and records
+the denoiser.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
 
 
 def _lively(module: nn.Module, gain: float = 4.0) -> nn.Module:
-    """Give every zero-initialised weight random values and enlarge the last layer, so that the output depends on the input."""
+    """Give zero-initialised weights random values and enlarge the last layer: the output then depends on the input."""
     for parameter in module.parameters():
         if parameter.dim() > 1 and not parameter.any():
             nn.init.normal_(parameter, std=0.1)

@@ -42,6 +42,7 @@ lint: $(VENV)/.dev ## style, types and layers only
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 
+docs: export NO_MKDOCS_2_WARNING = 1
 docs: $(VENV)/.docs ## the documentation, into site/
 	$(BIN)/mkdocs build --strict --quiet
 

@@ -69,6 +69,8 @@ def residual(new: Tensor, old: Tensor) -> Tensor:
 
     A sample that holds a NaN or an infinity has a residual that is not finite.
     """
+    if new.dim() == 1:  # samples of one number each
+        new, old = new.unsqueeze(1), old.unsqueeze(1)
     new, old = _wide(new).flatten(1), _wide(old).flatten(1)
     return torch.linalg.vector_norm(new - old, dim=1) / (torch.linalg.vector_norm(old, dim=1) + RESIDUAL_FLOOR)
 

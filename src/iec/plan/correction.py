@@ -10,6 +10,7 @@ The grammar of `steps`, where N is a count or a fraction such as 1/10 of the ste
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -88,8 +89,8 @@ def resolve(
         return steps
     if not isinstance(steps, str):
         try:
-            listed = [int(step) for step in steps]
-        except (TypeError, ValueError) as error:
+            listed = [_index(step) for step in steps]
+        except TypeError as error:
             raise TypeError(f"steps is {steps!r}; expected a string ({FORMS}) or step indices") from error
         steps = "at:" + ",".join(map(str, listed)) if listed else "none"
     held = None if refresh is None else frozenset(refresh)
@@ -99,6 +100,13 @@ def resolve(
     if not chosen and steps.strip().lower() != "none":
         raise ValueError(f"steps {steps!r} selects none of the {num_steps} steps; use 'none' if that is meant")
     return CorrectionPlan(tuple(sorted(chosen)), num_steps, steps)
+
+
+def _index(step: object) -> int:
+    """A step index as an int; a mask of booleans, or 1.5, is no list of steps."""
+    if isinstance(step, bool):
+        raise TypeError("a boolean is no step index")
+    return operator.index(step)  # pyright: ignore[reportArgumentType]
 
 
 class Atom(NamedTuple):

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from iec import plan
+    from iec.caches.deepcache import DeepCache
     from iec.core.correction import Trace, correct
-    from iec.pipeline.models import load, models
+    from iec.pipeline.caching import cache
     from iec.pipeline.installation import undo
+    from iec.pipeline.models import load, models
     from iec.pipeline.session import Session, disable, enable, summary
     from iec.plan import CorrectionPlan, StepClock
     from iec.schedule.scheduler import IECScheduler
@@ -21,10 +23,12 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "CorrectionPlan": "iec.plan",
+    "DeepCache": "iec.caches.deepcache",
     "IECScheduler": "iec.schedule.scheduler",
     "Session": "iec.pipeline.session",
     "StepClock": "iec.plan",
     "Trace": "iec.core.correction",
+    "cache": "iec.pipeline.caching",
     "correct": "iec.core.correction",
     "disable": "iec.pipeline.session",
     "enable": "iec.pipeline.session",
@@ -37,10 +41,12 @@ _HOMES = {
 
 __all__ = [
     "CorrectionPlan",
+    "DeepCache",
     "IECScheduler",
     "Session",
     "StepClock",
     "Trace",
+    "cache",
     "correct",
     "disable",
     "enable",

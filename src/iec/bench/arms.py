@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from iec.cache import DeepCache
+from iec.caches import DeepCache
 from iec.evaluate.metrics import fidelity
-from iec.evaluate.sampling import measure, sample, set_scheduler
+from iec.evaluate.sampling import measure, sample, with_scheduler
 from iec.pipeline.caching import cache
 from iec.pipeline.installation import undo
 from iec.pipeline.session import enable, summary
@@ -35,7 +35,8 @@ class Arm:
 @dataclass(frozen=True)
 class Outcome:
     """What an arm gave: uint8 `images` (N, C, H, W), denoiser `evaluations` per image batch, of which `reused` ran the
-    shallow part only, wall `seconds` for all images, and RMSE and PSNR (dB) to the reference of the same seeds."""
+    shallow part only, wall `seconds` for all images, RMSE and PSNR (dB) to the reference of the same seeds, and the domain
+    Fréchet distance to real images, where there are enough images for it."""
 
     arm: Arm
     images: Tensor
@@ -44,15 +45,15 @@ class Outcome:
     seconds: float
     rmse: float | None = None
     psnr: float | None = None
+    fid: float | None = None
 
 
 @contextlib.contextmanager
 def prepared(pipe: Any, arm: Arm) -> Iterator[Any]:
-    """The pipeline as the arm wants it; afterwards it is what it was."""
-    own = pipe.scheduler
+    """A pipeline as the arm wants it, with the weights of `pipe`; afterwards these are what they were."""
+    if arm.scheduler is not None:
+        pipe = with_scheduler(pipe, arm.scheduler)
     try:
-        if arm.scheduler is not None:
-            set_scheduler(pipe, arm.scheduler)
         if arm.cache is not None:
             cache(pipe, arm.cache)
         if arm.steps is not None:
@@ -60,15 +61,14 @@ def prepared(pipe: Any, arm: Arm) -> Iterator[Any]:
         yield pipe
     finally:
         undo(pipe)
-        pipe.scheduler = own
 
 
 def run_arm(pipe: Any, arm: Arm, seeds: Sequence[int], batch_size: int, reference: Tensor | None = None) -> Outcome:
     """Sample `seeds` as `arm` says and compare with the `reference` images (N, C, H, W) of the same seeds."""
-    with prepared(pipe, arm):
-        with measure(pipe) as cost:
-            images = sample(pipe, seeds, arm.num_inference_steps, batch_size)
-        reused = summary(pipe).reused or 0
+    with prepared(pipe, arm) as ready:
+        with measure(ready) as cost:
+            images = sample(ready, seeds, arm.num_inference_steps, batch_size)
+        reused = summary(ready).reused or 0
     close = fidelity(images, reference) if reference is not None else None
     batches = -(-len(seeds) // batch_size)
     rmse, psnr = (close.rmse, close.psnr) if close is not None else (None, None)

@@ -10,18 +10,12 @@ from importlib import resources
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
 
 from iec.bench.arms import Outcome
 from iec.bench.reading import reading
+from iec.evaluate.images import to_pil
 
 COLOURS = {"reference": "#5b6472", "plain": "#2b6cb0", "corrected": "#c05621", "control": "#2f855a"}
-
-
-def to_pil(image: Tensor) -> Image.Image:
-    """One uint8 image (C, H, W), grey or RGB, as a PIL image."""
-    array = image.permute(1, 2, 0).numpy()
-    return Image.fromarray(array[:, :, 0], "L") if array.shape[2] == 1 else Image.fromarray(array, "RGB")
 
 
 def comparison_grid(outcomes: Sequence[Outcome], columns: int = 10, scale: int = 2) -> Image.Image:
@@ -33,15 +27,11 @@ def comparison_grid(outcomes: Sequence[Outcome], columns: int = 10, scale: int =
     draw = ImageDraw.Draw(sheet)
     for index, outcome in enumerate(outcomes):
         top = gap + index * (side + gap)
-        name, _, detail = outcome.arm.name.partition(": ")
-        first, second = (name, detail) if detail and outcome.arm.kind == "reference" else (outcome.arm.name, "")
-        facts = _facts(outcome)
-        draw.text((10, top + 8), first.replace(f", {outcome.arm.num_inference_steps} steps", f" {outcome.arm.num_inference_steps}"),
-                  fill=COLOURS[outcome.arm.kind], font=font)  # fmt: skip
-        draw.text((10, top + 30), f"{second}  {facts}".strip() if second else facts, fill="#444444", font=small)
-        for column in range(shown):
-            picture = to_pil(outcome.images[column]).convert("RGB").resize((side, side), Image.Resampling.NEAREST)
-            sheet.paste(picture, (label + column * (side + gap), top))
+        draw.text((10, top + 8), outcome.arm.name, fill=COLOURS[outcome.arm.kind], font=font)
+        draw.text((10, top + 30), _facts(outcome), fill="#444444", font=small)
+        for column, picture in enumerate(to_pil(outcome.images[:shown])):
+            enlarged = picture.convert("RGB").resize((side, side), Image.Resampling.NEAREST)
+            sheet.paste(enlarged, (label + column * (side + gap), top))
     return sheet
 
 
@@ -73,6 +63,7 @@ def page(outcomes: Sequence[Outcome], picture: Image.Image, *, model: str, num: 
             grid=base64.b64encode(buffer.getvalue()).decode(),
             chart=_chart(outcomes),
             reading=reading(outcomes),
+            fid=outcomes[0].fid is not None,
             model=model,
             num=num,
             last=seed + num - 1,
@@ -104,7 +95,13 @@ def _chart(outcomes: Sequence[Outcome]) -> dict[str, Any]:
         "left": left,
         "base": height - bottom,
         "points": [
-            {"x": x(o.seconds), "y": y(o.psnr or 0.0), "colour": COLOURS[o.arm.kind], "name": o.arm.name, "number": index + 1}
+            {
+                "x": x(o.seconds),
+                "y": y(o.psnr or 0.0),
+                "colour": COLOURS[o.arm.kind],
+                "name": o.arm.name,
+                "number": index + 1,
+            }
             for index, o in enumerate(compared)
         ],
         "xs": [{"x": x(step * i), "text": f"{step * i:.1f}"} for i in range(int(longest / step) + 1)],

@@ -30,7 +30,7 @@ class _Group(TyperGroup):
             if ctx.params.get("debug") or type(error).__module__.startswith(("typer", "click")):
                 raise
             kind = "" if isinstance(error, (ValueError, FileNotFoundError)) else f"{type(error).__name__}: "
-            stderr.print(f"error: {kind}{error}", style="bold red", markup=False, highlight=False)
+            stderr.print(f"error: {kind}{error}", style="bold red", markup=False, highlight=False, soft_wrap=True)
             raise typer.Exit(2) from None
 
 

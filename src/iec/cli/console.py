@@ -12,11 +12,22 @@ stdout = Console()  # results
 stderr = Console(stderr=True)  # progress and errors, so that results can be piped
 
 
-def bar(note: str) -> Progress:
-    """A progress bar: spinner, description, bar, done/total, `note` (a format of task fields), time that remains."""
+def bar(note: str, transient: bool = False) -> Progress:
+    """A progress bar: spinner, description, bar, done/total, `note` (a format of task fields), time that remains.
+
+    A `transient` bar vanishes at its end, for work whose result says it all.
+    """
     columns = (MofNCompleteColumn(), TextColumn(note), TimeRemainingColumn(compact=True))
     description = TextColumn("[bold]{task.description}")
-    return Progress(SpinnerColumn(), description, BarColumn(bar_width=None), *columns, console=stderr, expand=True)
+    return Progress(
+        SpinnerColumn(),
+        description,
+        BarColumn(bar_width=None),
+        *columns,
+        console=stderr,
+        expand=True,
+        transient=transient,
+    )
 
 
 def print_json(value: Any) -> None:

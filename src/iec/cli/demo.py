@@ -11,7 +11,9 @@ from iec.cli.console import bar, print_json, stdout
 
 
 def demo(
-    model: Annotated[str, typer.Argument(help="A bundled unconditional model, a folder, or a Hub id.")] = "fashion-mnist",
+    model: Annotated[
+        str, typer.Argument(help="A bundled unconditional model, a folder, or a Hub id.")
+    ] = "fashion-mnist",
     num: Annotated[int, typer.Option(min=1, metavar="N", help="Number of images.")] = 16,
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the first image; image i has seed + i.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Images at a time.")] = 16,

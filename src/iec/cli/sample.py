@@ -50,23 +50,28 @@ def sample(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Sample images, plain or corrected by IEC, into one grid."""
+    from diffusers.utils import logging
+
     import iec
     from iec.evaluate.images import save_each, save_grid
     from iec.evaluate.machine import choose_device
-    from iec.evaluate.sampling import measure, set_scheduler
+    from iec.evaluate.sampling import measure, with_scheduler
     from iec.evaluate.sampling import sample as sample_images
 
-    pipe = iec.load(model).to(choose_device(device))
+    place, factors = choose_device(device), _factors(relax)
+    iec.plan.parse(steps)  # a bad plan is told before a large model is loaded
+    logging.disable_progress_bar()  # ours says what matters
+    pipe = iec.load(model).to(place)
     pipe.set_progress_bar_config(disable=True)
     if scheduler is not None:
-        set_scheduler(pipe, scheduler)
+        pipe = with_scheduler(pipe, scheduler)
     given = {"prompt": prompt, "class_labels": class_label}
     conditions: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     if steps != "none":
-        iec.enable(pipe, steps=steps, relax=_factors(relax), tol=tol)
+        iec.enable(pipe, steps=steps, relax=factors, tol=tol)
 
     seeds = range(seed, seed + num)
-    with bar("images  {task.fields[evaluations]} evaluations") as shown, measure(pipe) as cost:
+    with bar("images  {task.fields[evaluations]} evaluations", transient=True) as shown, measure(pipe) as cost:
         task = shown.add_task("sampling", total=num, evaluations=0)
 
         def progress(done: int, _: int) -> None:

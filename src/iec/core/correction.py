@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, NamedTuple, overload
 
 import torch
@@ -32,10 +32,9 @@ def check_relax(relax: Sequence[float] | float) -> tuple[float, ...]:
 
     Raises ValueError unless there is at least one and each is finite and not negative; TypeError for what is no number.
     """
-    if isinstance(relax, (int, float)) and not isinstance(relax, bool):
-        relax = (relax,)
+    given = relax if isinstance(relax, Iterable) else (relax,)
     try:
-        factors = tuple(float(factor) for factor in relax)
+        factors = tuple(float(factor) for factor in given)
     except (TypeError, ValueError) as error:
         raise TypeError(f"relax is {relax!r}; expected factors (λ₁, …, λ_K), for example (0.5,)") from error
     if not factors:

@@ -142,13 +142,12 @@ def load_features(name_or_path: str | os.PathLike[str]) -> FeatureNetwork:
     from safetensors.torch import load_file
 
     folder = Path(name_or_path) if Path(name_or_path).is_dir() else features_folder(str(name_or_path))
+    for needed in ("config.json", "model.safetensors"):
+        if not (folder / needed).is_file():
+            raise ValueError(f"{folder}: no feature network, {needed} is missing")
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         tensors = load_file(folder / "model.safetensors")
-    except FileNotFoundError as error:
-        raise ValueError(
-            f"{folder}: no feature network, {Path(str(error.filename or 'a file')).name} is missing"
-        ) from error
     except (json.JSONDecodeError, SafetensorError) as error:
         raise ValueError(f"{folder}: damaged feature network: {error}") from error
     if not isinstance(config, dict) or config.get("format") != "iec-features":

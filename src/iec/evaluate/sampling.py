@@ -99,21 +99,30 @@ def _to_uint8(images: Any, seeds: Sequence[int]) -> torch.Tensor:
     return (pixels * 255 + 0.5).clamp(0, 255).to(torch.uint8).permute(0, 3, 1, 2).contiguous()
 
 
-def set_scheduler(pipe: Any, name: str, **changes: Any) -> None:
-    """Replace the scheduler of `pipe` by diffusers' class `name`, made from the present one's config.
+def with_scheduler(pipe: Any, name: str, **changes: Any) -> Any:
+    """A pipeline with the components of `pipe`, but diffusers' scheduler class `name`, made from the present one's config.
 
-    `changes` override entries of the config. Raises ValueError when diffusers has no such scheduler.
+    `changes` override entries of the config. Unconditional pipelines become `UnconditionalPipeline`, which takes them all;
+    `pipe` itself is left as it is. Raises ValueError when diffusers has no such scheduler.
     """
     import diffusers
 
     kind = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
     if kind is None or not hasattr(kind, "from_config"):
         raise ValueError(
-            f"diffusers has no scheduler {name!r}; it has DDIMScheduler, DPMSolverMultistepScheduler, "
+            f"diffusers has no scheduler {name!r}; known are DDIMScheduler, DPMSolverMultistepScheduler, "
             "HeunDiscreteScheduler, UniPCMultistepScheduler and others: "
             "https://huggingface.co/docs/diffusers/api/schedulers/overview"
         )
-    pipe.scheduler = kind.from_config(pipe.scheduler.config, **changes)
+    scheduler = kind.from_config(pipe.scheduler.config, **changes)
+    if isinstance(pipe, (diffusers.DDIMPipeline, diffusers.DDPMPipeline)):
+        from iec.pipeline.unconditional import UnconditionalPipeline
+
+        made: Any = UnconditionalPipeline(pipe.unet, scheduler)
+    else:
+        made = type(pipe)(**{**pipe.components, "scheduler": scheduler})
+    made.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
+    return made
 
 
 @dataclasses.dataclass

@@ -57,7 +57,8 @@ def follow_timesteps(get_timesteps: Callable[..., Any], state: IECState) -> Call
         begin = len(logical) - len(timesteps)
         if begin < 0 or not torch.equal(logical[begin:].to(timesteps), timesteps):
             raise RuntimeError(
-                "this pipeline's get_timesteps returns no tail of its scheduler's timesteps, which IEC cannot follow; call iec.disable(pipe)"
+                "this pipeline's get_timesteps returns no tail of its scheduler's timesteps, which IEC cannot follow; "
+                "call iec.disable(pipe)"
             )
         state.begin_run(begin)
         return (state.shown(logical)[begin:], *rest)

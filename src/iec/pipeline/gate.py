@@ -49,8 +49,8 @@ class Gate:
         self._outputs, self.open = [], True
         if vars(self.module).get("forward") is not self._placed:
             warnings.warn(
-                f"the forward of {type(self.module).__name__} was wrapped again after iec.enable(pipe), so IEC's own wrapper stays under "
-                "it; it does nothing any more",
+                f"the forward of {type(self.module).__name__} was wrapped again after iec.enable(pipe), so IEC's own wrapper "
+                "stays under it; it does nothing any more",
                 RuntimeWarning,
                 stacklevel=2,
             )

@@ -31,5 +31,6 @@ def load(model: str | Path, **kwargs: Any) -> Any:
         return DiffusionPipeline.from_pretrained(str(folder or model), **kwargs)
     except OSError as error:
         raise ValueError(
-            f"no model {str(model)!r}: neither bundled ({', '.join(_bundled())}), nor a folder, nor to be had from the Hub: {error}"
+            f"no model {str(model)!r}: neither bundled ({', '.join(_bundled())}), nor a folder, nor to be had from the "
+            f"Hub: {error}"
         ) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from iec.pipeline.caching import cached
 from iec.pipeline.installation import Installation, installation, installed, switching
 from iec.pipeline.summary import Summary
 from iec.plan import CorrectionPlan, Relaxation, StepClock, parse, resolve_relaxation
@@ -60,6 +61,7 @@ class Session:
             "relax": state.relaxation.factors,
             "tol": state.relaxation.tol,
             "enabled": self.active,
+            **_cache(self.held),
         }
         run = state.last_run
         if run is None or not run.visits:
@@ -149,9 +151,24 @@ def summary(pipe: Any) -> Summary:
     session = _session(installed(pipe))
     if session is None:
         return Summary(
-            type(pipe).__name__, type(getattr(pipe, "scheduler", None)).__name__, "none", (), None, enabled=False
+            type(pipe).__name__,
+            type(getattr(pipe, "scheduler", None)).__name__,
+            "none",
+            (),
+            None,
+            enabled=False,
+            **_cache(installed(pipe)),
         )
     return session.summary()
+
+
+def _cache(held: Installation | None) -> dict[str, Any]:
+    """What a summary says of the cache of an installation."""
+    caching = cached(held)
+    if caching is None:
+        return {}
+    refreshed, reused = caching.counts() or (None, None)
+    return {"cache": repr(caching.config), "refreshed": refreshed, "reused": reused}
 
 
 def _session(held: Installation | None) -> Session | None:

@@ -12,7 +12,9 @@ class Summary:
 
     `num_steps`, `steps` and all that follows are None or empty before the first run. `evaluations` counts denoiser forwards;
     `spared` those that convergence saved. `residuals` maps a step to the relative residual of each of its corrections,
-    averaged over the batch. Seconds are wall time from the first to the last step.
+    averaged over the batch. `cache` describes the cache on the pipeline, of whose evaluations `refreshed` were whole passes
+    (corrections among them) and `reused` were not; all three are None without one. Seconds are wall
+    time from the first to the last step.
     """
 
     pipeline: str
@@ -29,6 +31,9 @@ class Summary:
     seconds: float | None = None
     correction_seconds: float | None = None
     residuals: dict[int, tuple[float, ...]] | None = None
+    cache: str | None = None
+    refreshed: int | None = None
+    reused: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -36,12 +41,13 @@ class Summary:
 
     def __str__(self) -> str:
         if not self.enabled:
-            return f"IEC is not enabled on this {self.pipeline}."
+            return "\n".join([f"IEC is not enabled on this {self.pipeline}.", *self._cached()])
         relax = ", ".join(f"{factor:g}" for factor in self.relax)
         tol = "none" if self.tol is None else f"{self.tol:g}"
         lines = [
             f"IEC on {self.pipeline} ({self.scheduler})",
             f"  plan         steps={self.spec}  relax=({relax})  tol={tol}",
+            *self._cached(),
         ]
         if self.num_steps is None or self.seconds is None or self.correction_seconds is None:
             return "\n".join([*lines, "  last run     none yet"])
@@ -53,11 +59,15 @@ class Summary:
             first, last = min(self.residuals), max(self.residuals)
             values = [value for step in self.residuals.values() for value in step]
             if values:
-                lines.append(
-                    f"  residuals    {_numbers(self.residuals[first])} at step {first}, {_numbers(self.residuals[last])} at step {last}, "
-                    f"largest {max(values):.1e}"
-                )
+                ends = [f"{_numbers(self.residuals[step])} at step {step}" for step in sorted({first, last})]
+                lines.append(f"  residuals    {', '.join(ends)}, largest {max(values):.1e}")
         return "\n".join(lines)
+
+    def _cached(self) -> list[str]:
+        if self.cache is None:
+            return []
+        counts = "" if self.refreshed is None else f": {self.refreshed} whole passes, {self.reused} reused"
+        return [f"  cache        {self.cache}{counts}"]
 
 
 def _numbers(values: tuple[float, ...]) -> str:

@@ -159,10 +159,9 @@ def _select(atom: Atom, spec: str, num_steps: int, refresh: frozenset[int] | Non
         if outside:
             raise ValueError(f"steps {spec!r}: {outside} not in 0..{num_steps - 1}, the steps of this run")
         return frozenset(argument)
-    if isinstance(argument, Fraction):
-        count = max(1, int(argument * num_steps))
-    else:
-        count = num_steps if argument is None else argument
+    if argument is None:  # all
+        argument = num_steps
+    count = max(1, int(argument * num_steps)) if isinstance(argument, Fraction) else argument
     if count > num_steps:
         raise ValueError(f"steps {spec!r}: the count {count} is not in 1..{num_steps}, the steps of this run")
     first, last = frozenset(every[:count]), frozenset(every[num_steps - count :])

@@ -87,7 +87,8 @@ class IECScheduler:
 
     def __repr__(self) -> str:
         state = self.iec
-        return f"IECScheduler({type(state.inner).__name__}, steps={state.steps!r}, relax={state.relaxation.factors}, tol={state.relaxation.tol})"
+        options = f"steps={state.steps!r}, relax={state.relaxation.factors}, tol={state.relaxation.tol}"
+        return f"IECScheduler({type(state.inner).__name__}, {options})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> IECScheduler:
         state = self.iec
@@ -254,7 +255,8 @@ class IECState:
         """
         timesteps = self.inner.timesteps
         count = len(timesteps)
-        refresh = None if self.refresh is None else [s - begin for s in self.refresh(count) if s >= begin]
+        # The first step of a run refreshes, wherever it begins.
+        refresh = None if self.refresh is None else {0, *(s - begin for s in self.refresh(count) if s >= begin)}
         steps = self.steps if self.steps is not None else DEFAULT_STEPS if refresh is None else DEFAULT_STEPS_CACHED
         remaining = resolve(steps, count - begin, refresh)
         self.plan = CorrectionPlan(tuple(step + begin for step in remaining.steps), count, remaining.spec)
@@ -292,8 +294,8 @@ class IECState:
             complaint = run.enter(timestep, self.inner)
             if complaint is not None and len(run.plan):
                 self._warn(
-                    f"{complaint}, so IEC may correct other steps than planned; if this is an image-to-image or inpainting pipeline, "
-                    "put the plain scheduler back and use iec.enable(pipe)",
+                    f"{complaint}, so IEC may correct other steps than planned; if this is an image-to-image or inpainting "
+                    "pipeline, put the plain scheduler back and use iec.enable(pipe)",
                     UserWarning,
                 )
             if run.index in run.plan:
@@ -315,7 +317,8 @@ class IECState:
         run.corrections += 1
         if slot.stood_back:
             self._warn(
-                f"the model's output in the correction of step {run.index} is not finite; the samples concerned keep their last step",
+                f"the model's output in the correction of step {run.index} is not finite; the samples concerned keep "
+                "their last step",
                 RuntimeWarning,
             )
         return output

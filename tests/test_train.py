@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from iec.evaluate.features import extract, load_features
+from iec.evaluate.reference import load_reference
 from iec.train.data import load_images
 from iec.train.loop import _update_average, augment, batch_indices, train
 from iec.train.recipe import TrainRecipe, load_recipe
@@ -188,6 +189,7 @@ def test_features_learn_and_are_exported(data: Path, tmp_path: Path) -> None:
     accuracy = (logits.argmax(1) == test.labels).double().mean().item()
     assert accuracy > 0.5  # 0.1 by chance
     assert said == [f"step 120: test accuracy {100 * accuracy:.2f} %"]
+    assert load_reference(folder, "test").moments.count == load_reference(folder, "train").moments.count == 50
     assert "trouser" in (folder / "config.json").read_text()
 
 

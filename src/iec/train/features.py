@@ -1,4 +1,7 @@
-"""Training of the feature network: cross-entropy on the labels, test accuracy as the preview."""
+"""Training of the feature network: cross-entropy on the labels, test accuracy as the preview.
+
+Exported are the network and the statistics of the real images on its features, all that domain metrics need.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from pathlib import Path
 import torch
 
 from iec.evaluate.features import FeatureConfig, FeatureNetwork, extract, save_features
+from iec.evaluate.reference import save_reference
 from iec.train.data import Images, load_images
 from iec.train.recipe import TrainRecipe
 
@@ -51,3 +55,5 @@ class FeaturesTask:
     def export(self, model: torch.nn.Module, folder: Path) -> None:
         assert isinstance(model, FeatureNetwork)
         save_features(model, folder, self.test.classes)
+        train = load_images(self.recipe.data, "train", self._data)
+        save_reference(folder, model, train.pixels, self.test.pixels)

@@ -31,7 +31,7 @@ test: lint ## lint, types, layers, all tests and the examples of the docs
 	$(BIN)/python $(PYTEST)
 
 test-onnx: $(VENV_ONNX)/.ready ## the tests with a frozen int8 ONNX pipeline, in an environment of their own
-	$(VENV_ONNX)/bin/python $(PYTEST) tests/onnx
+	$(VENV_ONNX)/bin/python $(PYTEST) tests/test_onnx.py
 
 test-older: $(VENV_ONNX)/.ready ## all tests on the oldest supported diffusers
 	$(VENV_ONNX)/bin/python $(PYTEST)

@@ -134,7 +134,8 @@ class FeatureCache:
         if held is None:
             raise RuntimeError(
                 f"step {tick.step} should reuse a feature, but no whole pass of this run has left one for call "
-                f"{self._calls} of a step; the model must be called equally often at every step, in the order of the scheduler's timesteps"
+                f"{self._calls} of a step; the model must be called equally often at every step, in the order of "
+                "the scheduler's timesteps"
             )
         if held.sample != kind:
             raise RuntimeError(

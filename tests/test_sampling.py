@@ -12,9 +12,9 @@ from PIL import Image
 
 import iec
 from iec.evaluate import reference as references
-from iec.evaluate.features import FeatureConfig, FeatureNetwork, extract, load_features, save_features
+from iec.evaluate.features import FeatureConfig, FeatureNetwork, extract, features_folder, load_features, save_features
 from iec.evaluate.images import grid, save_each, save_grid, to_pil
-from iec.evaluate.metrics import Moments
+from iec.evaluate.metrics import Moments, frechet_distance, inception_score
 from iec.evaluate.reference import domain_metrics, load_reference, save_reference
 from iec.evaluate.sampling import measure, sample, with_scheduler
 from tiny import CASES, PIXELS
@@ -255,3 +255,20 @@ def test_pictures_of_images(tmp_path: Path) -> None:
         grid([Image.new("L", (1, 1)), Image.new("L", (2, 2))], columns=2)
     with pytest.raises(ValueError, match="no images"):
         grid([], columns=2)
+
+
+def test_the_bundled_feature_network() -> None:
+    """What its README says of real images; the images themselves are not needed."""
+    network = load_features("fashion-mnist")
+    assert sum(file.stat().st_size for file in features_folder("fashion-mnist").iterdir()) < 1.5 * 2**20
+    train, test = load_reference("fashion-mnist", "train"), load_reference("fashion-mnist", "test")
+    assert (train.moments.count, test.moments.count) == (60_000, 10_000)
+    assert frechet_distance(train.moments, test.moments) == pytest.approx(0.0444, abs=2e-3)
+    assert test.features.shape == (2048, 64)
+    # The logits of the test images whose features are bundled: classes in near equal shares, most of them certain.
+    with torch.no_grad():
+        logits = network.head(test.features)
+    assert 8 < inception_score(logits).mean < 10
+    noise = torch.randint(0, 256, (64, 1, 28, 28), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    metrics = domain_metrics(noise, "fashion-mnist")
+    assert metrics.network == "fashion-mnist" and metrics.fid > 100 and metrics.kid > 1

@@ -184,11 +184,16 @@ def reference(
     relax: Sequence[float],
     tol: float | None = None,
     generator: list[torch.Generator] | None = None,
+    begin: int | None = None,
+    project: Callable[[Tensor, int], Tensor] = lambda y, _: y,
 ) -> Tensor:
     """The corrected run, from METHOD: same t, same x_t, same noise, new model output at the current estimate y.
 
     The estimate lives at the noise level that the step leads to, so it is scaled as the state after the step says. The
     history of a multistep solver takes the blended model output; the sample returned is the blend of the samples.
+
+    Image to image runs start at step `begin`, from `x` as it is. `project` is what an inpainting loop does to each
+    estimate, given the index of the step that it leads to.
     """
 
     def step(state: Any, m: Tensor) -> tuple[Any, Tensor]:
@@ -201,14 +206,18 @@ def reference(
 
     state = copy.deepcopy(scheduler)
     state.set_timesteps(spec.steps)
-    x = x * state.init_noise_sigma if hasattr(state, "init_noise_sigma") else x
-    for index, t in enumerate(state.timesteps):
+    if begin is None:
+        x = x * getattr(state, "init_noise_sigma", 1.0)
+    elif hasattr(state, "set_begin_index"):
+        state.set_begin_index(begin)
+    for index, t in list(enumerate(state.timesteps))[begin or 0 :]:
         draws = [held.get_state() for held in generator or []]
         ambient = torch.get_rng_state()
         before = state
         scaled = getattr(before, "scale_model_input", lambda value, _: value)(x.clone(), t)
         m = denoise(scaled, t)
         state, y = step(before, m)
+        y = project(y, index + 1)
         if hasattr(state, "noise_sampler"):
             before.noise_sampler = state.noise_sampler
         active = torch.ones(len(x), dtype=torch.bool)
@@ -218,7 +227,7 @@ def reference(
             _, new_y = step(before, new_m)
             change = residuals(new_y, y)
             weight = (factor * active.to(y.dtype)).reshape(-1, *(1,) * (y.dim() - 1))
-            y = y + weight * (new_y - y)
+            y = project(y + weight * (new_y - y), index + 1)
             m = m + weight * (new_m - m)
             state, _ = step(before, m)
             if tol is not None:

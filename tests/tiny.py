@@ -20,6 +20,8 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+import iec
+
 diffusers.utils.logging.set_verbosity_error()
 
 PIXELS = 16  # side of an image; latents are 8 × 8
@@ -242,13 +244,28 @@ def _flux(kind: str) -> DiffusionPipeline:
     )
 
 
-@functools.cache
+BUILT: dict[Callable[[], DiffusionPipeline], DiffusionPipeline] = {}
+GIVEN: list[DiffusionPipeline] = []  # what `Case.build` has handed out since `take_off`
+
+
 def _built(make: Callable[[], DiffusionPipeline]) -> DiffusionPipeline:
-    with torch.random.fork_rng():
-        torch.manual_seed(7)
-        pipe = make()
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    if make not in BUILT:
+        with torch.random.fork_rng():
+            torch.manual_seed(7)
+            BUILT[make] = make()
+        BUILT[make].set_progress_bar_config(disable=True)
+    return BUILT[make]
+
+
+def take_off() -> None:
+    """Take IEC off every pipeline handed out; the shared modules are then as they were built."""
+    while GIVEN:
+        iec.undo(GIVEN.pop())
+    for pipe in BUILT.values():
+        for name, part in pipe.components.items():
+            if isinstance(part, nn.Module):
+                assert "forward" not in vars(part), f"something was left on {name}"
+                assert not part._forward_hooks and not part._forward_pre_hooks
 
 
 @dataclass(frozen=True)
@@ -268,6 +285,7 @@ class Case:
         pipe.scheduler = copy.deepcopy(shared.scheduler)
         if fresh:
             setattr(pipe, self.denoiser, copy.deepcopy(getattr(shared, self.denoiser)))
+        GIVEN.append(pipe)
         return pipe
 
     def kwargs(self, **changes: Any) -> dict[str, Any]:
@@ -366,33 +384,40 @@ CASES: dict[str, Case] = {
 
 @dataclass
 class Record:
-    """What a call gave: its `image`, and the first input of every denoiser evaluation."""
+    """What a call gave: its `image`; the first input and the timestep of every call of the denoiser.
 
-    image: Tensor | None = None
+    `evaluations` are the calls that ran the model: they are counted at its first layer, as a call can also be answered
+    without running it.
+    """
+
+    image: Tensor = field(default_factory=lambda: torch.empty(0))
     inputs: list[Tensor] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
-
-    @property
-    def evaluations(self) -> int:
-        return len(self.inputs)
+    evaluations: int = 0
 
 
 @contextlib.contextmanager
 def recorded(denoiser: nn.Module) -> Iterator[Record]:
-    """Record the evaluations of a module through a forward hook."""
+    """Record the calls and evaluations of a module through forward hooks."""
     record = Record()
 
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], __: Any) -> None:
+    def called(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], __: Any) -> None:
         named = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
         time = args[1] if len(args) > 1 else kwargs["timestep"]
         record.inputs.append(named.detach().clone())
         record.times.append(float(torch.as_tensor(time).flatten()[0]))
 
-    handle = denoiser.register_forward_hook(hook, with_kwargs=True)
+    def evaluated(*_: Any) -> None:
+        record.evaluations += 1
+
+    inner = getattr(denoiser, "_orig_mod", denoiser)  # of torch.compile
+    layer = next(module for module in inner.modules() if isinstance(module, (nn.Conv2d, nn.Linear)))
+    handles = [denoiser.register_forward_hook(called, with_kwargs=True), layer.register_forward_hook(evaluated)]
     try:
         yield record
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def run(case: Case, pipe: DiffusionPipeline, **changes: Any) -> Record:

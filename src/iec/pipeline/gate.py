@@ -6,6 +6,7 @@ then answers with the output of the visit before, at no cost.
 
 from __future__ import annotations
 
+import copy
 import functools
 import threading
 import warnings
@@ -36,13 +37,20 @@ class Gate:
         self._forward = self.module.forward
         self.open = False
 
-        def gate(*args: Any, **kwargs: Any) -> Any:
-            return self._gated(*args, **kwargs)
-
-        gate = functools.wraps(self._forward)(gate)
+        gated: Any = Gate._gated
         if getattr(self.module, "_compiled_call_impl", None) is not None:  # compiled in place by module.compile()
-            gate = torch.compiler.disable(gate, recursive=False)
-        self.module.forward = self._placed = gate
+            gated = torch.compiler.disable(gated, recursive=False)
+        # A partial, unlike a closure, is copied along with the module.
+        self.module.forward = self._placed = functools.update_wrapper(functools.partial(gated, self), self._forward)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Gate:
+        """A copy of the module is outside the session: its gate is open for good, and leads to the copy's own forward."""
+        memo[id(self)] = other = Gate(copy.deepcopy(self.module, memo), self.state)
+        other._forward, other.open = copy.deepcopy(self._forward, memo), True
+        return other
+
+    def __reduce__(self) -> Any:
+        raise TypeError(f"IEC is on this {type(self.module).__name__}; call iec.disable(pipe) before pickling it")
 
     def remove(self) -> None:
         """Take the gate away. When something else was put over it since, it stays behind, open, with a RuntimeWarning."""

@@ -11,7 +11,7 @@ from iec.artifact.files import replacing, write_json, write_text
 from iec.bench.arms import Arm, Outcome, run_arm
 from iec.bench.page import comparison_grid, page
 from iec.caches import DeepCache
-from iec.evaluate.features import features_folder
+from iec.evaluate.features import feature_networks
 from iec.evaluate.reference import domain_metrics
 from iec.pipeline.models import load
 
@@ -69,7 +69,7 @@ def demo(
         if progress is not None:
             progress(arm.name, index, len(every))
         outcome = run_arm(pipe, arm, seeds, batch_size, outcomes[0].images if outcomes else None)
-        if num >= ENOUGH_FOR_FID and features_folder(model).is_dir():
+        if num >= ENOUGH_FOR_FID and model in feature_networks():
             outcome = replace(outcome, fid=domain_metrics(outcome.images, model).fid)
         outcomes.append(outcome)
     out = Path(out)

@@ -123,13 +123,18 @@ def save_features(network: FeatureNetwork, folder: str | os.PathLike[str], class
     write_json(folder / "config.json", {**config, "class_names": list(classes)})
 
 
+def feature_networks() -> dict[str, Path]:
+    """Folders of the bundled feature networks by the name of their dataset."""
+    bundled = Path(str(resources.files("iec") / "bundled"))
+    return {folder.name.removesuffix("-features"): folder for folder in sorted(bundled.glob("*-features"))}
+
+
 def features_folder(name: str) -> Path:
     """Folder of the bundled feature network for the dataset `name`. Raises ValueError for one that is not bundled."""
-    bundled = Path(str(resources.files("iec") / "bundled"))
-    known = sorted(p.name.removesuffix("-features") for p in bundled.glob("*-features"))
+    known = feature_networks()
     if name not in known:
         raise ValueError(f"no bundled feature network for {name!r}; bundled: {', '.join(known) or 'none'}")
-    return bundled / f"{name}-features"
+    return known[name]
 
 
 def load_features(name_or_path: str | os.PathLike[str]) -> FeatureNetwork:

@@ -2,7 +2,7 @@
 
 from iec.plan.cache import CachePlan, uniform
 from iec.plan.clock import StepClock, Tick
-from iec.plan.correction import PRESETS, CorrectionPlan, Relaxation, parse, resolve, resolve_relaxation
+from iec.plan.correction import PRESETS, CorrectionPlan, Relaxation, parse, resolve, resolve_relaxation, spell
 
 __all__ = [
     "PRESETS",
@@ -14,5 +14,6 @@ __all__ = [
     "parse",
     "resolve",
     "resolve_relaxation",
+    "spell",
     "uniform",
 ]

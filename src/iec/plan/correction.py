@@ -87,12 +87,7 @@ def resolve(
                 f"the plan was made for {steps.num_steps} steps, the run has {num_steps}; resolve its spec {steps.spec!r} anew"
             )
         return steps
-    if not isinstance(steps, str):
-        try:
-            listed = [_index(step) for step in steps]
-        except TypeError as error:
-            raise TypeError(f"steps is {steps!r}; expected a string ({FORMS}) or step indices") from error
-        steps = "at:" + ",".join(map(str, listed)) if listed else "none"
+    steps = spell(steps)
     held = None if refresh is None else frozenset(refresh)
     chosen: set[int] = set()
     for parts in parse(steps):
@@ -100,6 +95,21 @@ def resolve(
     if not chosen and steps.strip().lower() != "none":
         raise ValueError(f"steps {steps!r} selects none of the {num_steps} steps; use 'none' if that is meant")
     return CorrectionPlan(tuple(sorted(chosen)), num_steps, steps)
+
+
+def spell(steps: str | Iterable[int]) -> str:
+    """Write step indices in the grammar, and check what no run, however long, could mean.
+
+    Raises TypeError for what is neither a string nor step indices, ValueError as `parse` does.
+    """
+    if not isinstance(steps, str):
+        try:
+            listed = [_index(step) for step in steps]
+        except TypeError as error:
+            raise TypeError(f"steps is {steps!r}; expected a string ({FORMS}) or step indices") from error
+        steps = "at:" + ",".join(map(str, listed)) if listed else "none"
+    parse(steps)
+    return steps
 
 
 def _index(step: object) -> int:

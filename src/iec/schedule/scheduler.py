@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iec.plan import CorrectionPlan, Relaxation, StepClock, resolve, resolve_relaxation
+from iec.plan import CorrectionPlan, Relaxation, StepClock, resolve, resolve_relaxation, spell
 from iec.schedule.run import Run
 from iec.schedule.slot import Slot
 from iec.schedule.support import check_scheduler
@@ -41,7 +41,7 @@ class IECScheduler:
     plain scheduler's results bit for bit. Image-to-image and inpainting pipelines cut the list of timesteps, so they need
     `iec.enable(pipe)`. One run at a time: a step from another thread than the one that called `set_timesteps` is refused.
 
-    Raises TypeError for a scheduler that cannot be corrected, ValueError for a bad `relax` or `tol`.
+    Raises TypeError for a scheduler that cannot be corrected, ValueError for bad `steps`, `relax` or `tol`.
     """
 
     def __init__(
@@ -56,6 +56,8 @@ class IECScheduler:
                 "this scheduler carries IEC already; wrap its inner one: IECScheduler(scheduler.iec.inner, ...)"
             )
         check_scheduler(inner)
+        if steps is not None and not isinstance(steps, CorrectionPlan):
+            steps = spell(steps)
         vars(self)["iec"] = IECState(inner, steps, resolve_relaxation(relax, tol))
         # diffusers derives the library of a component from this.
         vars(self)["__module__"] = type(inner).__module__
@@ -336,7 +338,8 @@ class IECState:
             return
         slot = run.slot
         if slot is not None and slot.visit <= len(self.relaxation.factors):
-            self.skip = slot.settled() if self.relaxation.tol is not None or slot.visit == 1 else False
+            if self.relaxation.tol is not None or slot.visit == 1:  # else no sample has settled since
+                self.skip = slot.settled()
             self.clock.move(run.index, slot.visit, slot.last)
             return
         run.close()

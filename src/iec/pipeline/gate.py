@@ -53,26 +53,37 @@ class Gate:
         raise TypeError(f"IEC is on this {type(self.module).__name__}; call iec.disable(pipe) before pickling it")
 
     def remove(self) -> None:
-        """Take the gate away. When something else was put over it since, it stays behind, open, with a RuntimeWarning."""
+        """Take the gate away, also from under the gates of other pipelines that share the module.
+
+        When something else was put over it since, it stays behind, open, with a RuntimeWarning.
+        """
         self._outputs, self.open = [], True
-        if vars(self.module).get("forward") is not self._placed:
+        over = self._over()
+        if over is not None:
+            over._forward, over._instance_forward = self._forward, self._instance_forward
+        elif vars(self.module).get("forward") is not self._placed:
             warnings.warn(
                 f"the forward of {type(self.module).__name__} was wrapped again after iec.enable(pipe), so IEC's own wrapper "
                 "stays under it; it does nothing any more",
                 RuntimeWarning,
                 stacklevel=2,
             )
-            return
-        if self._instance_forward is None:
+        elif self._instance_forward is None:
             del self.module.forward
         else:
             self.module.forward = self._instance_forward
 
+    def _over(self) -> Gate | None:
+        """The gate that was put over this one, if every gate above is still in place."""
+        gate = _gate(vars(self.module).get("forward"))
+        while gate is not None and gate._forward is not self._placed:
+            gate = _gate(gate._forward)
+        return gate
+
     def _gated(self, *args: Any, **kwargs: Any) -> Any:
-        run = self.state.run
-        if self.open or run is None or run.thread != threading.get_ident():
-            return self._forward(*args, **kwargs)
-        tick = self.state.clock.now
+        run, tick = self.state.run, self.state.clock.now
+        if self.open or run is None or tick is None or run.thread != threading.get_ident():
+            return self._forward(*args, **kwargs)  # the evaluation is not one of our run
         if run is not self._run:
             self._run, self.evaluations, self.spared, self._outputs = run, 0, 0, []
         if tick != self._tick:
@@ -85,7 +96,7 @@ class Gate:
             return self._outputs[self._replayed - 1]
         output = self._forward(*args, **kwargs)
         self.evaluations += 1
-        if tick is not None and not tick.last:
+        if not tick.last:
             self._outputs.append(output)
         return output
 
@@ -104,3 +115,9 @@ class Gate:
         if given.shape[0] < expected.shape[0] or given.shape[1] < expected.shape[1]:
             return False
         return torch.equal(given[: expected.shape[0], : expected.shape[1]], expected.to(given.dtype))
+
+
+def _gate(forward: Any) -> Gate | None:
+    """The gate that `forward` leads through, if any."""
+    first = next(iter(getattr(forward, "args", ())), None)
+    return first if isinstance(first, Gate) else None

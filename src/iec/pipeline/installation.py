@@ -56,6 +56,11 @@ class Installation:
         if not self.parts:
             self._uninstall()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Installation:
+        raise RuntimeError(
+            f"IEC is on this {type(self.pipe).__name__}; call iec.undo(pipe) before copying it, and enable IEC on the copy"
+        )
+
     def _install(self) -> None:
         for gate in self.gates.values():
             gate.install()

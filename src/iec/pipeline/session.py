@@ -8,16 +8,14 @@ from typing import Any
 from iec.pipeline.caching import cached
 from iec.pipeline.installation import Installation, installation, installed, switching
 from iec.pipeline.summary import Summary
-from iec.plan import CorrectionPlan, Relaxation, StepClock, parse, resolve_relaxation
+from iec.plan import CorrectionPlan, Relaxation, StepClock, resolve_relaxation, spell
 from iec.schedule.scheduler import IECScheduler
 
 
 class Session:
     """IEC on one pipeline; made by `iec.enable`. As a context manager it disables IEC at the end of the block."""
 
-    def __init__(
-        self, held: Installation, steps: str | tuple[int, ...] | CorrectionPlan | None, relaxation: Relaxation
-    ) -> None:
+    def __init__(self, held: Installation, steps: str | CorrectionPlan | None, relaxation: Relaxation) -> None:
         self.held, self.steps, self.relaxation = held, steps, relaxation
         held.state.configure(steps, relaxation)
 
@@ -37,8 +35,12 @@ class Session:
         return self.held.state.clock
 
     @property
-    def evaluations(self) -> int:
-        """Denoiser forwards of the last run."""
+    def evaluations(self) -> int | None:
+        """Denoiser forwards of the last run; None when a denoiser was assigned to the pipeline since `iec.enable`."""
+        for name, gate in self.held.gates.items():
+            model = getattr(self.pipe, name, None)
+            if getattr(model, "_orig_mod", model) is not getattr(gate.module, "_orig_mod", gate.module):
+                return None
         return sum(gate.evaluations for gate in self.held.gates.values())
 
     @property
@@ -53,11 +55,7 @@ class Session:
         about = {
             "pipeline": type(self.pipe).__name__,
             "scheduler": type(state.inner).__name__,
-            "spec": spec.spec
-            if isinstance(spec, CorrectionPlan)
-            else spec
-            if isinstance(spec, str)
-            else str(tuple(spec)),
+            "spec": spec.spec if isinstance(spec, CorrectionPlan) else spec,
             "relax": state.relaxation.factors,
             "tol": state.relaxation.tol,
             "enabled": self.active,
@@ -119,10 +117,8 @@ def enable(
     pipeline or scheduler that cannot be corrected, ValueError for bad options; the pipeline is then as it was.
     """
     wanted = resolve_relaxation(relax, tol)
-    if steps is not None and not isinstance(steps, (str, CorrectionPlan)):
-        steps = tuple(steps)
-    if isinstance(steps, str):
-        parse(steps)
+    if steps is not None and not isinstance(steps, CorrectionPlan):
+        steps = spell(steps)
     with switching:
         held = installation(pipe)
         session = _session(held)

@@ -53,7 +53,10 @@ class Summary:
             return "\n".join([*lines, "  last run     none yet"])
         lines.append(f"  corrected    {len(self.steps)} of {self.num_steps} steps: {_ranges(self.steps)}")
         spared = f", {self.spared} spared by convergence" if self.spared else ""
-        lines.append(f"  evaluations  {self.evaluations} ({self.corrections} corrections{spared})")
+        counted = (
+            "not counted, as another denoiser was assigned;" if self.evaluations is None else f"{self.evaluations}"
+        )
+        lines.append(f"  evaluations  {counted} ({self.corrections} corrections{spared})")
         lines.append(f"  time         {self.seconds:.2f} s, of which corrections {self.correction_seconds:.2f} s")
         if self.residuals:
             first, last = min(self.residuals), max(self.residuals)

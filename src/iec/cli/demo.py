@@ -21,6 +21,7 @@ def demo(
     as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
 ) -> None:
     """Show what the correction does to a small efficient model: a table, a picture, a page."""
+    from diffusers.utils import logging
     from rich import box
     from rich.table import Table
 
@@ -29,6 +30,7 @@ def demo(
     from iec.bench.page import spent
     from iec.bench.reading import reading
 
+    logging.disable_progress_bar()  # of loading, which takes no time here
     with bar("ways  {task.fields[name]}") as shown:
         task = shown.add_task("sampling", total=None, name="")
 

@@ -88,7 +88,7 @@ def _chart(outcomes: Sequence[Outcome]) -> dict[str, Any]:
         return round(10 + (height - bottom - 10) * (high - psnr) / (high - low), 1)
 
     spacing = max(1, round((high - low) / 5))
-    step = max(0.1, round(longest / 6, 1))
+    step = next(s for s in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 1000, longest) if s >= longest / 8)
     return {
         "width": width,
         "height": height,
@@ -104,7 +104,7 @@ def _chart(outcomes: Sequence[Outcome]) -> dict[str, Any]:
             }
             for index, o in enumerate(compared)
         ],
-        "xs": [{"x": x(step * i), "text": f"{step * i:.1f}"} for i in range(int(longest / step) + 1)],
+        "xs": [{"x": x(step * i), "text": f"{step * i:g}"} for i in range(int(longest * 0.97 / step) + 1)],
         "ys": [
             {"y": y(level), "text": f"{level}"} for level in range(int(low) + 1, int(high) + 1) if level % spacing == 0
         ],

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from iec.schedule.scheduler import IECState
+from iec.schedule.state import IECState
 from iec.schedule.support import check_pipeline_class
 
 DENOISERS = ("unet", "transformer", "transformer_2", "prior")

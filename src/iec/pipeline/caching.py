@@ -9,7 +9,7 @@ import torch
 
 from iec.caches import DeepCache
 from iec.pipeline.installation import Installation, installation, installed, switching
-from iec.schedule.scheduler import IECState
+from iec.schedule.state import IECState
 
 
 class Caching:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from iec.plan import Tick
 from iec.schedule.run import Run
-from iec.schedule.scheduler import IECState
+from iec.schedule.state import IECState
 
 
 class Gate:

@@ -11,7 +11,8 @@ from typing import Any, Protocol
 
 from iec.pipeline.adapters import denoisers, follow_timesteps
 from iec.pipeline.gate import Gate
-from iec.schedule.scheduler import IECScheduler, IECState
+from iec.schedule.scheduler import IECScheduler
+from iec.schedule.state import IECState
 
 _HELD = "_iec"  # where a pipeline holds its installation
 switching = threading.RLock()  # held while something is put on a pipeline or taken off

@@ -1,0 +1,162 @@
+"""The state behind an `IECScheduler`: plan, clock and run, and what one call of `step` does."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from iec.plan import CorrectionPlan, Relaxation, StepClock, resolve
+from iec.schedule.run import Run
+from iec.schedule.slot import Slot
+
+DEFAULT_STEPS = "ends:1/10"
+DEFAULT_STEPS_CACHED = "refresh"
+
+
+class IECState:
+    """What an `IECScheduler` holds of its own, as its attribute `iec`."""
+
+    def __init__(self, inner: Any, steps: Any, relaxation: Relaxation) -> None:
+        self.inner = inner
+        self.steps = steps
+        self.relaxation = relaxation
+        self.clock = StepClock()
+        self.refresh: Callable[[int], Iterable[int]] | None = None  # the refresh steps of an active cache
+        self.plan: CorrectionPlan | None = None
+        self.repeats: Tensor | None = None
+        self.run: Run | None = None
+        self.last_run: Run | None = None
+        self.logical = False  # show the inner list (get_timesteps of image-to-image pipelines)
+        self.scaled: tuple[Tensor, Tensor] | None = None
+        self.skip = False  # the coming evaluation is not wanted (read by the gate on the denoiser)
+        self.warned = False
+        self.signature = inspect.signature(inner.step)
+
+    def configure(self, steps: Any, relaxation: Relaxation) -> None:
+        """Change what is corrected, from the next run on."""
+        self.end_run()
+        self.last_run = None
+        self.steps, self.relaxation = steps, relaxation
+
+    # --- the list -------------------------------------------------------------------------------------------------
+
+    def shown(self, values: Any) -> Any:
+        """Timesteps or sigmas as the pipeline sees them."""
+        if (
+            self.logical
+            or self.repeats is None
+            or self.plan is None
+            or not len(self.plan)
+            or not isinstance(values, Tensor)
+        ):
+            return values
+        extra = len(values) - len(self.repeats)  # sigmas end with the one of the clean image
+        if extra not in (0, 1):
+            return values
+        repeats = torch.cat([self.repeats, self.repeats.new_ones(extra)])
+        return values.repeat_interleave(repeats.to(values.device))
+
+    def begin_run(self, begin: int = 0) -> None:
+        """Resolve the plan and stand before step `begin` of the inner timesteps.
+
+        Image-to-image runs begin in the middle; there the plan is resolved on the steps that remain.
+        """
+        timesteps = self.inner.timesteps
+        count = len(timesteps)
+        # The first step of a run refreshes, wherever it begins.
+        refresh = None if self.refresh is None else {0, *(s - begin for s in self.refresh(count) if s >= begin)}
+        steps = self.steps if self.steps is not None else DEFAULT_STEPS if refresh is None else DEFAULT_STEPS_CACHED
+        remaining = resolve(steps, count - begin, refresh)
+        self.plan = CorrectionPlan(tuple(step + begin for step in remaining.steps), count, remaining.spec)
+        self.repeats = torch.ones(count, dtype=torch.long)
+        self.repeats[list(self.plan.steps)] += len(self.relaxation.factors)
+        self.run = self.last_run = Run(timesteps, self.plan, begin, threading.get_ident())
+        self.scaled = None
+        self.skip = self.warned = False
+        self.clock.start(count)
+        self.clock.move(begin, 0, begin not in self.plan)
+
+    def end_run(self) -> None:
+        """Forget the run, finished or aborted."""
+        self.run = self.scaled = self.plan = None
+        self.skip = False
+        self.clock.stop()
+
+    # --- a visit --------------------------------------------------------------------------------------------------
+
+    def step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One call of the pipeline: ordinary step, correction, or (outside a run of ours) the inner step as it is."""
+        run = self.run
+        if run is None:
+            return self.inner.step(*args, **kwargs)
+        if run.thread != threading.get_ident():
+            raise RuntimeError(
+                "this pipeline is running in another thread; give each thread its own: "
+                "type(pipe).from_pipe(pipe, scheduler=copy.deepcopy(pipe.scheduler)) shares the weights"
+            )
+        arguments = self.signature.bind(*args, **kwargs).arguments
+        timestep = arguments["timestep"]
+        if run.slot is not None and run.is_at(timestep):
+            output = self._correction(run, arguments)
+        else:
+            complaint = run.enter(timestep, self.inner)
+            if complaint is not None and len(run.plan):
+                self._warn(
+                    f"{complaint}, so IEC may correct other steps than planned; if this is an image-to-image or inpainting "
+                    "pipeline, put the plain scheduler back and use iec.enable(pipe)",
+                    UserWarning,
+                )
+            if run.index in run.plan:
+                run.slot = Slot(self.inner, self.relaxation)
+                output = run.slot.open(self.signature, args, kwargs)
+            else:
+                output = self.inner.step(*args, **kwargs)
+        self._advance(run)
+        return output
+
+    def _correction(self, run: Run, arguments: dict[str, Any]) -> Any:
+        slot, sample = run.slot, arguments["sample"]
+        assert slot is not None
+        if self.skip:
+            return slot.repeat()
+        if self.scaled is not None and sample is self.scaled[0]:  # loops that rebind the scaled sample
+            sample = self.scaled[1]
+        output = slot.correct(arguments["model_output"], sample)
+        run.corrections += 1
+        if slot.stood_back:
+            self._warn(
+                f"the model's output in the correction of step {run.index} is not finite; the samples concerned keep "
+                "their last step",
+                RuntimeWarning,
+            )
+        return output
+
+    def _warn(self, message: str, category: type[Warning]) -> None:
+        """Warn once in a run."""
+        if not self.warned:
+            self.warned = True
+            warnings.warn(f"IEC: {message}", category, stacklevel=5)
+
+    def _advance(self, run: Run) -> None:
+        """Set the clock to the evaluation that comes next."""
+        run.note()
+        if run.index < 0:  # a timestep that is not of this run: the inner scheduler has answered
+            return
+        slot = run.slot
+        if slot is not None and slot.visit <= len(self.relaxation.factors):
+            if self.relaxation.tol is not None or slot.visit == 1:  # else no sample has settled since
+                self.skip = slot.settled()
+            self.clock.move(run.index, slot.visit, slot.last)
+            return
+        run.close()
+        self.skip = False
+        if run.index + 1 < len(run.timesteps):
+            self.clock.move(run.index + 1, 0, run.index + 1 not in run.plan)
+        else:
+            self.clock.stop()

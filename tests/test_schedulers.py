@@ -17,6 +17,7 @@ from torch import Tensor
 
 import iec
 from iec import IECScheduler
+from iec.schedule.support import REFUSED, REFUSED_PIPELINES, TESTED
 from sampling import SHAPE, SPECS, Spec, Toy, deviation, generators, missing, reference, residuals, sample, start
 
 BY_NAME = {spec.name: spec for spec in SPECS}
@@ -383,6 +384,23 @@ def test_a_deep_copy_has_a_state_of_its_own() -> None:
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("how", [copy.deepcopy, copy.copy])
+def test_a_copy_before_the_loop_runs_along(spec: Spec, how: Any) -> None:
+    """Pipelines for two modalities copy their scheduler after set_timesteps and step both in one loop."""
+    expected, evaluations = go(spec, IECScheduler(spec.make(), steps="at:0,2", relax=(1.0, 0.5)))
+    torch.manual_seed(21)
+    first = IECScheduler(spec.make(), steps="at:0,2", relax=(1.0, 0.5))
+    first.set_timesteps(spec.steps)
+    second = how(first)
+    assert torch.equal(second.timesteps, first.timesteps) and len(first.timesteps) == evaluations
+    toy, draws = Toy(), spec.draws()
+    x = start() * getattr(first, "init_noise_sigma", 1.0)
+    for t in first.timesteps:
+        scaled = second.scale_model_input(x, t) if hasattr(second, "scale_model_input") else x
+        x = second.step(toy(scaled, t), t, x, **spec.arguments(draws), return_dict=False)[0]
+    assert torch.equal(x, expected)
+
+
 def test_writing_through() -> None:
     inner = DDIMScheduler()
     wrapped = IECScheduler(inner)
@@ -519,6 +537,7 @@ def test_a_step_from_another_thread_is_refused() -> None:
         (lambda: diffusers.UnCLIPScheduler(), "next timestep"),
         (lambda: diffusers.VQDiffusionScheduler(num_vec_classes=8), "discrete"),
         (lambda: diffusers.AmusedScheduler(mask_token_id=1), "discrete"),
+        (lambda: diffusers.SCMScheduler(), "last entry"),
         (lambda: diffusers.DDIMInverseScheduler(), "data to noise"),
         (lambda: diffusers.DPMSolverMultistepInverseScheduler(), "data to noise"),
         (lambda: DDIMScheduler, "class"),
@@ -530,6 +549,15 @@ def test_a_step_from_another_thread_is_refused() -> None:
 def test_refused_with_the_reason(make: Any, reason: str) -> None:
     with pytest.raises(TypeError, match=reason):
         IECScheduler(make())
+
+
+@pytest.mark.skipif(diffusers.__version__ < "0.42", reason="earlier releases lack some of them")
+def test_what_is_refused_exists() -> None:
+    """A name with a slip in it would refuse nothing."""
+    known = {*dir(diffusers), *dir(diffusers.schedulers)}
+    assert {*REFUSED, *TESTED} <= known
+    for prefix in REFUSED_PIPELINES:
+        assert any(name.startswith(prefix) and "Pipeline" in name for name in known), prefix
 
 
 def test_an_unknown_scheduler_is_taken_with_a_warning() -> None:

@@ -327,9 +327,18 @@ class LEditsPPLike(DDIMPipeline):
 LEditsPPLike.__name__ = "LEditsPPPipelineStableDiffusion"
 
 
+class MeanFlow(ModelMixin, ConfigMixin):
+    config_name = "config.json"
+
+    @register_to_config
+    def __init__(self, use_meanflow: bool = True) -> None:
+        super().__init__()
+
+
 @pytest.mark.parametrize(
     ("make", "said"),
     [
+        (lambda: DDIMPipeline(MeanFlow(), DDIMScheduler()), "mean-flow"),
         (lambda: None, r"iec\.correct"),
         (object, r"iec\.correct"),
         (lambda: unet(), r"iec\.correct"),

@@ -35,6 +35,11 @@ def denoisers(pipe: Any) -> dict[str, Any]:
             f"{name} has no component named {', '.join(DENOISERS)}; wrap its scheduler by hand: "
             "pipe.scheduler = iec.IECScheduler(pipe.scheduler)"
         )
+    for key, model in found.items():
+        if getattr(getattr(model, "config", None), "use_meanflow", False):
+            raise TypeError(
+                f"{name} cannot be corrected: its {key} is a mean-flow model, which also takes the next timestep of the list"
+            )
     return found
 
 

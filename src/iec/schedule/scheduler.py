@@ -87,14 +87,16 @@ class IECScheduler:
         return f"IECScheduler({type(state.inner).__name__}, {options})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> IECScheduler:
-        state = self.iec
-        return IECScheduler(
-            copy.deepcopy(state.inner, memo), state.steps, state.relaxation.factors, state.relaxation.tol
-        )
+        return self._with(copy.deepcopy(self.iec.inner, memo))
 
     def __copy__(self) -> IECScheduler:
+        return self._with(copy.copy(self.iec.inner))
+
+    def _with(self, inner: Any) -> IECScheduler:
         state = self.iec
-        return IECScheduler(copy.copy(state.inner), state.steps, state.relaxation.factors, state.relaxation.tol)
+        other = IECScheduler(inner, state.steps, state.relaxation.factors, state.relaxation.tol)
+        other.iec.join(state)
+        return other
 
     def __reduce__(self) -> Any:
         state = self.iec

@@ -62,18 +62,14 @@ class IECState:
         repeats = torch.cat([self.repeats, self.repeats.new_ones(extra)])
         return values.repeat_interleave(repeats.to(values.device))
 
-    def begin_run(self, begin: int = 0) -> None:
-        """Resolve the plan and stand before step `begin` of the inner timesteps.
+    def begin_run(self, begin: int = 0, plan: CorrectionPlan | None = None) -> None:
+        """Stand before step `begin` of the inner timesteps, with `plan` for all of them, or one that is resolved now.
 
         Image-to-image runs begin in the middle; there the plan is resolved on the steps that remain.
         """
         timesteps = self.inner.timesteps
         count = len(timesteps)
-        # The first step of a run refreshes, wherever it begins.
-        refresh = None if self.refresh is None else {0, *(s - begin for s in self.refresh(count) if s >= begin)}
-        steps = self.steps if self.steps is not None else DEFAULT_STEPS if refresh is None else DEFAULT_STEPS_CACHED
-        remaining = resolve(steps, count - begin, refresh)
-        self.plan = CorrectionPlan(tuple(step + begin for step in remaining.steps), count, remaining.spec)
+        self.plan = self._resolved(begin, count) if plan is None else plan
         self.repeats = torch.ones(count, dtype=torch.long)
         self.repeats[list(self.plan.steps)] += len(self.relaxation.factors)
         self.run = self.last_run = Run(timesteps, self.plan, begin, threading.get_ident())
@@ -81,6 +77,21 @@ class IECState:
         self.skip = self.warned = False
         self.clock.start(count)
         self.clock.move(begin, 0, begin not in self.plan)
+
+    def _resolved(self, begin: int, count: int) -> CorrectionPlan:
+        # The first step of a run refreshes, wherever it begins.
+        refresh = None if self.refresh is None else {0, *(s - begin for s in self.refresh(count) if s >= begin)}
+        steps = self.steps if self.steps is not None else DEFAULT_STEPS if refresh is None else DEFAULT_STEPS_CACHED
+        remaining = resolve(steps, count - begin, refresh)
+        return CorrectionPlan(tuple(step + begin for step in remaining.steps), count, remaining.spec)
+
+    def join(self, other: IECState) -> None:
+        """Stand before the same run as `other`, if that has begun one and taken no step yet.
+
+        Some pipelines copy their scheduler between `set_timesteps` and the loop, for a second modality.
+        """
+        if other.run is not None and other.run.index < 0:
+            self.begin_run(other.run.begin, other.plan)
 
     def end_run(self) -> None:
         """Forget the run, finished or aborted."""

@@ -50,14 +50,23 @@ REFUSED = {
     "DDIMInverseScheduler": "it runs from data to noise, where there is no error of an efficient model to correct",
     "DPMSolverMultistepInverseScheduler": "it runs from data to noise, where there is no error of an efficient model to correct",
     "DDPMWuerstchenScheduler": "its pipelines drop the last entry of the timesteps, which a repeated list would falsify",
+    "SCMScheduler": "its pipelines drop the last entry of the timesteps, which a repeated list would falsify",
 }
 
-# step() of these pipelines reads the list of timesteps in a way that a repeated entry falsifies.
+# The loop of a pipeline whose class name begins so does what a list with repeats would falsify.
 REFUSED_PIPELINES = {
     "AnyFlow": "it skips the model when a timestep repeats",
+    "ChronoEdit": "it changes the history of its scheduler in the middle of a run",
+    "CosmosTextToWorld": "it steps twice at each timestep and winds its scheduler back by hand",
+    "CosmosVideoToWorld": "it steps twice at each timestep and winds its scheduler back by hand",
+    "Cosmos2TextToImage": "it writes into the sigmas of its scheduler",
+    "Cosmos2VideoToWorld": "it writes into the sigmas of its scheduler",
+    "DanceDiffusion": "it writes the list of timesteps back into its scheduler",
     "LEditsPP": "it stores the inversion's noise per entry of the timesteps",
-    "Cosmos2TextToWorld": "it computes step sizes from neighbouring timesteps",
-    "HunyuanImage": "its mean-flow variant reads the next timestep of the list",
+    "LTX2DFR": "it drops the last entry of the timesteps",
+    "LTXI2VLongMultiPrompt": "it drops the last entry of the timesteps",
+    "StableDiffusionPanorama": "it changes the state of its scheduler between the views of a step",
+    "TextToVideoZero": "it copies its scheduler in the middle of a run",
 }
 
 

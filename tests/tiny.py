@@ -10,8 +10,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import json
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -103,8 +106,12 @@ def vae(latent_channels: int = 4, **other: Any) -> nn.Module:
 
 
 def tokenizer() -> CLIPTokenizer:
+    """A CLIP tokenizer of eight tokens, from files as every release of transformers reads them."""
     vocab = {"<|startoftext|>": 0, "<|endoftext|>": 1, "a</w>": 2, "cat</w>": 3, "c": 4, "a": 5, "t</w>": 6, "ca": 7}
-    return CLIPTokenizer(vocab=vocab, merges=[("c", "a"), ("ca", "t</w>")], model_max_length=8)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "vocab.json").write_text(json.dumps(vocab))
+        (Path(folder) / "merges.txt").write_text("#version: 0.2\nc a\nca t</w>\n")
+        return CLIPTokenizer.from_pretrained(folder, model_max_length=8)
 
 
 def text_encoder(projection: bool = False) -> nn.Module:

@@ -436,7 +436,7 @@ def test_a_model_that_reuses_its_output_buffer() -> None:
         def __call__(self, x: Tensor, t: Any) -> Tensor:
             return self.buffer.copy_(super().__call__(x, t))
 
-    for name in ("ddim", "euler", "ddpm"):
+    for name in ("ddim", "euler", "ddpm", "dpm++2m", "unipc"):
         spec = BY_NAME[name]
         expected, _ = go(spec, IECScheduler(spec.make(), steps="all", relax=(1.0, 0.5)))
         torch.manual_seed(21)

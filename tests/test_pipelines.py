@@ -14,7 +14,7 @@ from torch import Tensor
 
 import iec
 from sampling import Spec, deviation, reference
-from tiny import CASES, PIXELS, Case, Record, noise, run, seeds
+from tiny import CASES, Case, Record, noise, run, seeds
 
 ALIKE = 1e-5
 IMAGE_TO_IMAGE = ("sd-img2img", "sd-inpaint4", "sd-inpaint9", "sdxl-img2img", "flux-img2img")
@@ -298,6 +298,20 @@ def noised(case: Case, pipe: DiffusionPipeline, monkeypatch: pytest.MonkeyPatch)
     return seen[0][0].double(), seen[0][1].double()
 
 
+def at_level(scheduler: Any, clean: Tensor, mixed: Tensor, index: int) -> Tensor:
+    """Clean latents with the noise that the 6-step run has before step `index`."""
+    fresh = copy.deepcopy(scheduler)
+    fresh.set_timesteps(6)
+    if index == len(fresh.timesteps):
+        return clean
+    if hasattr(fresh, "set_begin_index"):
+        fresh.set_begin_index(index)
+    return fresh.add_noise(clean, mixed, fresh.timesteps[index : index + 1])
+
+
+BEGIN = 2  # of 6 steps, 70 % run
+
+
 @pytest.mark.parametrize("scheduler", ["ddim", "euler", "dpm++2m"])
 @pytest.mark.parametrize(("steps", "relax"), PLANS, ids=str)
 def test_image_to_image_agrees(
@@ -307,34 +321,28 @@ def test_image_to_image_agrees(
     pipe = case.build()
     other_scheduler(pipe, scheduler)
     clean, mixed = noised(case, pipe, monkeypatch)
-    begin = 2  # 6 steps of which 70 % run
-    fresh = copy.deepcopy(pipe.scheduler)
-    fresh.set_timesteps(6)
-    if hasattr(fresh, "set_begin_index"):
-        fresh.set_begin_index(begin)
-    x = fresh.add_noise(clean, mixed, fresh.timesteps[begin : begin + 1])
-    assert compared(case, pipe, guided(pipe), x, steps, relax, begin=begin) <= ALIKE
+    x = at_level(pipe.scheduler, clean, mixed, BEGIN)
+    assert compared(case, pipe, guided(pipe), x, steps, relax, begin=BEGIN) <= ALIKE
 
 
+@pytest.mark.parametrize("scheduler", ["ddim", "euler", "dpm++2m"])
 @pytest.mark.parametrize(("steps", "relax"), PLANS, ids=str)
-def test_inpainting_agrees(steps: str, relax: tuple[float, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inpainting_agrees(
+    scheduler: str, steps: str, relax: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The known part of every estimate has the noise level of the step it leads to."""
     case = CASES["sd-inpaint4"]
     pipe = case.build()
+    other_scheduler(pipe, scheduler)
     clean, mixed = noised(case, pipe, monkeypatch)
     mask = torch.nn.functional.interpolate(case.kwargs()["mask_image"], size=(8, 8)).double()
-    assert mask.shape[-1] * 2 == PIXELS
-    fresh, begin = copy.deepcopy(pipe.scheduler), 2
-    fresh.set_timesteps(6)
+    plain = pipe.scheduler
 
     def project(y: Tensor, following: int) -> Tensor:
-        known = clean
-        if following < len(fresh.timesteps):
-            known = fresh.add_noise(clean, mixed, fresh.timesteps[following : following + 1])
-        return (1 - mask) * known + mask * y
+        return (1 - mask) * at_level(plain, clean, mixed, following) + mask * y
 
-    x = fresh.add_noise(clean, mixed, fresh.timesteps[begin : begin + 1])
-    assert compared(case, pipe, guided(pipe), x, steps, relax, begin=begin, project=project) <= ALIKE
+    x = at_level(plain, clean, mixed, BEGIN)
+    assert compared(case, pipe, guided(pipe), x, steps, relax, begin=BEGIN, project=project) <= ALIKE
 
 
 def test_iec_correct_is_the_pipelines_step() -> None:

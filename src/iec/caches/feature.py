@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import functools
 import threading
-import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
+from iec.patch import replace_forward
 from iec.plan import CachePlan, StepClock, Tick
 
 _cached: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # the models that carry a cache now
@@ -102,9 +102,9 @@ class FeatureCache:
             lambda _, args, kwargs: self._begin(args, kwargs), with_kwargs=True
         )
         after = self.model.register_forward_hook(lambda _, __, output: self._end(output), always_call=True)
-        self._removers = [before.remove, after.remove, _replace(self.site.source, self._sourced)]
+        self._removers = [before.remove, after.remove, replace_forward(self.site.source, self._sourced)]
         for module, residuals in self.site.skipped:
-            self._removers.append(_replace(module, functools.partial(self._skipping, residuals=residuals)))
+            self._removers.append(replace_forward(module, functools.partial(self._skipping, residuals=residuals)))
 
     def remove(self) -> None:
         """Put every forward back and forget the features; nothing happens the second time."""
@@ -175,40 +175,6 @@ class FeatureCache:
         if empty is None:
             return forward(*args, **kwargs)
         return empty if residuals is None else (empty, (empty,) * residuals)
-
-
-def _replace(
-    module: nn.Module, around: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
-) -> Callable[[], None]:
-    """Put `around(forward, args, kwargs)` in the place of a module's forward; returns what puts the forward back.
-
-    When something else was put over it since, ours stays behind, open, with a RuntimeWarning.
-    """
-    instance, original = vars(module).get("forward"), module.forward
-    open_ = False
-
-    @functools.wraps(original)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return original(*args, **kwargs) if open_ else around(original, args, kwargs)
-
-    module.forward = forward
-
-    def restore() -> None:
-        nonlocal open_
-        open_ = True
-        if vars(module).get("forward") is not forward:
-            warnings.warn(
-                f"the forward of {type(module).__name__} was wrapped again after iec.cache(pipe, ...), so IEC's own "
-                "wrapper stays under it; it does nothing any more",
-                RuntimeWarning,
-                stacklevel=3,
-            )
-        elif instance is None:
-            del module.forward
-        else:
-            module.forward = instance
-
-    return restore
 
 
 def _named(kind: tuple[Any, ...]) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -70,7 +73,23 @@ class QuantizedLayer:
 
 @dataclass(frozen=True)
 class Origin:
-    """What a calibration was made on. Components are named as in the pipeline ("unet")."""
+    """What a calibration was made on. Plain data throughout; components are named as in the pipeline ("unet").
+
+    Attributes:
+        pipeline: class name of the pipeline.
+        denoisers: class name of each denoiser.
+        weights: `fingerprint.weights` of each denoiser.
+        architecture: `fingerprint.config` of the configuration of each denoiser.
+        scheduler: class name of the scheduler.
+        scheduler_config: `fingerprint.config` of its configuration.
+        num_steps: T, the length of every step table.
+        timesteps: what the scheduler hands to the denoiser, from the noisiest on.
+        num_samples: how many samples were observed.
+        seed: of the first of them.
+        versions: of the libraries, by name.
+        settings: what else went into the calibration: prompts, guidance, ... Lists rather than tuples, which come back
+            from a folder as lists.
+    """
 
     pipeline: str
     denoisers: dict[str, str]
@@ -84,6 +103,53 @@ class Origin:
     seed: int
     versions: dict[str, str]
     settings: dict[str, Any] = field(default_factory=dict)
+
+    def mismatch(self, other: Origin) -> list[str]:
+        """A sentence for every difference that makes this calibration one of another model or schedule than `other`'s.
+
+        Compared are denoisers, weights, architecture, scheduler, scheduler_config, num_steps and timesteps (those but
+        for float32's rounding); the rest is for the record. Empty: the calibration fits.
+        """
+        return [
+            *_by_component("class", self.denoisers, other.denoisers, digest=False),
+            *_by_component("weights", self.weights, other.weights),
+            *_by_component("architecture", self.architecture, other.architecture),
+            *_differs("scheduler", self.scheduler, other.scheduler),
+            *_differs("scheduler_config", _sha256(self.scheduler_config), _sha256(other.scheduler_config)),
+            *_differs("num_steps", self.num_steps, other.num_steps),
+            *_timesteps(self.timesteps, other.timesteps),
+        ]
+
+
+def _by_component(what: str, ours: dict[str, str], theirs: dict[str, str], digest: bool = True) -> Iterator[str]:
+    def told(values: dict[str, str], name: str, absent: str) -> str:
+        if name not in values:
+            return absent
+        return _sha256(values[name]) if digest else values[name]
+
+    for name in dict.fromkeys([*ours, *theirs]):
+        if ours.get(name) != theirs.get(name):
+            mine, other = told(ours, name, "a pipeline without it"), told(theirs, name, "no such component")
+            yield f"{what} of {name}: calibrated on {mine}, found {other}"
+
+
+def _differs(what: str, ours: str | int, theirs: str | int) -> Iterator[str]:
+    if ours != theirs:
+        yield f"{what}: calibrated on {ours}, found {theirs}"
+
+
+def _timesteps(ours: tuple[float, ...], theirs: tuple[float, ...]) -> Iterator[str]:
+    if len(ours) != len(theirs):
+        yield f"timesteps: calibrated on {len(ours)}, found {len(theirs)}"
+        return
+    for step, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
+        if not math.isclose(mine, other, rel_tol=1e-6, abs_tol=1e-6):
+            yield f"timesteps: calibrated on {mine} at step {step}, found {other}"
+            return
+
+
+def _sha256(digest: str) -> str:
+    return f"sha256 {digest[:12]}…"
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +173,55 @@ class Quantization:
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """An `Origin` and what was calibrated on it."""
+    """An `Origin` and what was calibrated on it; in memory, and as a folder.
+
+    Attributes:
+        origin: the model and the schedule, and how they were sampled.
+        quant: the quantized layers; None where nothing was quantized.
+    """
 
     origin: Origin
     quant: Quantization | None = None
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the quantized weights as stored: packed codes, and scale and zero point of each output channel."""
+        return sum(packed_bytes(w.codes.numel(), w.bits) + 6 * w.codes.shape[0] for w in self._weights())
+
+    @property
+    def float_bytes(self) -> int:
+        """Bytes of the same weights in float32."""
+        return sum(4 * weight.codes.numel() for weight in self._weights())
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write `calibration.json` and a file of tensors into `folder`, which is made if need be.
+
+        Atomic: killed at any moment, it leaves the calibration that was there, or the new one. Replaces a calibration
+        in the folder and leaves other files alone.
+
+        Raises ValueError, naming the field, for numbers that no kernel can work with and for plain data that JSON
+        cannot hold; also for a folder whose `calibration.json` is something else. TypeError for what is no plain data.
+        """
+        from iec.artifact import folder as files
+
+        files.save(self, folder)
+
+    @staticmethod
+    def load(folder: str | os.PathLike[str]) -> Calibration:
+        """Read what `save` wrote, bit for bit, its tensors on the CPU.
+
+        Raises ValueError, naming file and field, when there is no calibration, or one of another version, or one that
+        is damaged, incomplete, or changed in any value since it was saved.
+        """
+        from iec.artifact import folder as files
+
+        return files.load(folder)
+
+    def _weights(self) -> Iterator[WeightCodes]:
+        for layer in self.quant.layers.values() if self.quant else ():
+            yield from (part.weight for part in layer.parts)
+
+
+def packed_bytes(values: int, bits: int) -> int:
+    """How many bytes that many codes of `bits` bits take: up to 4 bits, two codes share one."""
+    return (values + 1) // 2 if bits <= 4 else values

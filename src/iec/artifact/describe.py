@@ -6,7 +6,12 @@ import json
 import os
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from iec.artifact.calibration import Calibration, Quantization
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -45,8 +50,8 @@ def parameters(folder: str | os.PathLike[str]) -> dict[str, int]:
 def describe(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """What is in `folder`: `kind`, `bytes`, and what is known of that kind, as plain values.
 
-    Kinds are "pipeline", "features", "training run" and "other". Raises ValueError when there is no such folder or a
-    file in it is damaged.
+    Kinds are "pipeline", "features", "training run", "calibration" and "other". Raises ValueError when there is no such
+    folder or a file in it is damaged.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -65,6 +70,10 @@ def describe(folder: str | os.PathLike[str]) -> dict[str, Any]:
         about |= {"kind": "features", "version": config.get("version"), "channels": config.get("channels")}
         about |= {"features": config.get("features"), "classes": config.get("class_names")}
         about["values"] = parameters(folder)
+    elif (folder / "calibration.json").is_file() and _read(folder / "calibration.json").get(
+        "format"
+    ) == "iec-calibration":
+        about |= {"kind": "calibration", **_calibration(folder)}
     else:
         about["files"] = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())[:20]
     return about
@@ -79,6 +88,71 @@ def _checkpoint(file: Path) -> dict[str, Any]:
     except SafetensorError as error:
         raise ValueError(f"{file}: truncated or damaged checkpoint ({error}); delete it to start anew") from error
     return {key: meta.get(key) for key in ("name", "step", "fingerprint")}
+
+
+def _calibration(folder: Path) -> dict[str, Any]:
+    from iec.artifact.calibration import Calibration
+    from iec.artifact.folder import VERSION
+
+    calibration = Calibration.load(folder)
+    origin, quant = calibration.origin, calibration.quant
+    about: dict[str, Any] = {
+        "version": VERSION,
+        "pipeline": origin.pipeline,
+        "denoisers": origin.denoisers,
+        "weights": {name: f"sha256 {digest[:12]}…" for name, digest in origin.weights.items()},
+        "scheduler": origin.scheduler,
+        "steps": origin.num_steps,
+        "timesteps": f"{origin.timesteps[0]:g} … {origin.timesteps[-1]:g}" if origin.timesteps else "none",
+        "samples": origin.num_samples,
+        "seed": origin.seed,
+        "settings": origin.settings,
+        "versions": origin.versions,
+    }
+    return about | (_quantization(quant, calibration) if quant else {"quantization": "none"})
+
+
+def _quantization(quant: Quantization, calibration: Calibration) -> dict[str, Any]:
+    parts = {name: layer.parts for name, layer in quant.layers.items()}
+    every = [part for layer in parts.values() for part in layer]
+    products = [table for tables in quant.products.values() for table in tables.values()]
+    scales = {f"{name} ({part.begin}:{part.end})": part.act.scale for name, of in parts.items() for part in of}
+    scales |= {f"{name} ({key})": t.scale for name, of in quant.products.items() for key, t in of.items()}
+    stored, full = calibration.weight_bytes, calibration.float_bytes
+    return {
+        "quantization": quant.config,
+        "layers": len(parts),
+        "split_layers": sum(len(layer) > 1 for layer in parts.values()),
+        "layers_with_new_bias": sum(layer.bias is not None for layer in quant.layers.values()),
+        "attention_products": len(quant.products),
+        "weight_bits": _bits([part.weight.bits for part in every], "parts"),
+        "activation_bits": _bits([part.act.bits for part in every] + [table.bits for table in products], "tables"),
+        "weight_bytes": stored,
+        "float_bytes": full,
+        "weights_to_float": f"{stored / full:.3f}" if full else "none",
+        "activation_scales": _ranges(scales),
+        "skipped": quant.skipped,
+        "reconstruction": quant.reconstruction or "none",
+    }
+
+
+def _bits(bits: list[int], what: str) -> dict[str, str]:
+    return {f"{value} bits": f"{bits.count(value)} {what}" for value in sorted(set(bits))}
+
+
+def _ranges(scales: dict[str, Tensor]) -> dict[str, str]:
+    """The extremes over all tables and steps, and the table that the steps change most."""
+    if not scales:
+        return {}
+    ends = {name: (float(scale.min()), float(scale.max())) for name, scale in scales.items()}
+    low = min(ends, key=lambda name: ends[name][0])
+    high = max(ends, key=lambda name: ends[name][1])
+    wide = max(ends, key=lambda name: ends[name][1] / ends[name][0])
+    return {
+        "smallest": f"{ends[low][0]:.3g} in {low}",
+        "largest": f"{ends[high][1]:.3g} in {high}",
+        "most changing": f"{ends[wide][1] / ends[wide][0]:.3g}-fold over the steps in {wide}",
+    }
 
 
 def bundled() -> dict[str, dict[str, Any]]:

@@ -1,0 +1,1 @@
+"""Quantized layers: which ones, observed how, and the kernels that compute them."""

@@ -1,0 +1,236 @@
+"""Integer convolutions and products on the CPU through oneDNN: uint8 codes times int8 weights, summed in int32.
+
+y[o] = d_x d_w[o] Σ (q_x − z_x) w[o] + b[o], with w = q_w − z_w packed once as int8. The step's d_x and z_x go along with
+each call, so steps that differ cost nothing; z_x may lie outside 0..255 and the padding is a true zero.
+
+oneDNN's int8 weights have no zero point, so w must lie in −128..127. It does for up to 7 bits and for symmetric 8 bits.
+Where it does not, an output channel is moved by an integer k[o] into range and k[o] d_w[o] Σ (q_x − z_x) d_x is added,
+which is exact: one more convolution, by ones, for the layer.
+
+The numbers are those of `reference`, given equal codes, but for float32 roundings in the output: at most 1e-6 of
+Σ |x̂| (|ŵ| + |k d_w|) + |b|. Codes are bit for bit those of `iec.core.affine.quantize`. A NaN in the input becomes some code: it does
+not come out as a NaN.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor, nn
+
+from iec.artifact.calibration import LayerPart, QuantizedLayer
+from iec.quant.kernels import passes
+from iec.quant.kernels.geometry import Geometry, Steps, bias_of, centred, describe
+
+NEEDED = {
+    # the arguments that are passed by position, in the order that this file passes them
+    "qconv_prepack.default": "weight w_scales x_scale x_zp stride padding dilation groups x_shape",
+    "qlinear_prepack.default": "weight x_shape",
+    "qconv2d_pointwise.default": "qx x_scale x_zero_point qw w_scale w_zero_point bias stride padding dilation groups"
+    " output_scale output_zero_point output_dtype attr scalars algorithm",
+    "qconv2d_pointwise.binary": "qx x_scale x_zero_point qw w_scale w_zero_point qaccum bias stride padding dilation groups"
+    " output_scale output_zero_point output_dtype accum_scale accum_zero_point binary_attr alpha"
+    " unary_attr unary_scalars unary_algorithm",
+    "qlinear_pointwise.default": "qx x_scale x_zero_point qw w_scale w_zero_point bias"
+    " output_scale output_zero_point output_dtype post_op_name post_op_args post_op_algorithm",
+    "qlinear_pointwise.binary": "qx x_scale x_zero_point qw w_scale w_zero_point other bias"
+    " output_scale output_zero_point output_dtype other_scale other_zp binary_post_op binary_alpha"
+    " unary_post_op unary_post_op_args unary_post_op_algorithm",
+}
+
+
+class OnednnPart:
+    """One range of input channels: its packed weight, its steps, and (rarely) what puts a moved weight right."""
+
+    def __init__(self, at: Geometry, part: LayerPart) -> None:
+        self.at, self.begin, self.end = at, part.begin, part.end
+        self.steps = Steps(part)
+        weight = centred(part).cpu()
+        low, high = weight.flatten(1).amin(1), weight.flatten(1).amax(1)
+        moved = (high - 127).clamp(min=0) + (low + 128).clamp(max=0)  # at most one of the two is not 0
+        weight = (weight - moved.reshape(-1, *(1,) * (weight.dim() - 1))).to(torch.int8)
+        self.scale = part.weight.scale.detach().float().cpu().contiguous()
+        self.zeros = torch.zeros(at.outputs, dtype=torch.int8)
+        self.packed = self._pack(weight, self.scale)
+        self.moved: Tensor | None = None
+        self.ones: Tensor | None = None
+        if bool(moved.any()):
+            self.moved = (moved * self.scale.double()).float()
+            self.one = torch.ones(at.groups)
+            if at.kind != "linear":
+                self.ones = self._pack(torch.ones_like(weight[: at.groups]), self.one)
+
+    def _pack(self, weight: Tensor, scale: Tensor) -> Tensor:
+        at = self.at
+        if at.kind == "linear":
+            return torch.ops.onednn.qlinear_prepack(weight, None)
+        if at.kind == "conv1d":
+            weight = weight.unsqueeze(2)
+        settings = [list(at.stride), list(at.padding), list(at.dilation), at.groups]
+        return torch.ops.onednn.qconv_prepack(weight.contiguous(), scale, 1.0, 0, *settings, None)
+
+    def _run(
+        self, codes: Tensor, step: int, packed: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        at = self.at
+        given = (codes, self.steps.scale[step], self.steps.zero[step], packed, scale, self.zeros[: len(scale)], bias)
+        if at.kind == "linear":
+            return torch.ops.onednn.qlinear_pointwise(*given, 1.0, 0, dtype, "none", [], "")
+        return torch.ops.onednn.qconv2d_pointwise(
+            *given, at.stride, at.padding, at.dilation, at.groups, 1.0, 0, dtype, "none", [], ""
+        )
+
+    def run(self, codes: Tensor, step: int, bias: Tensor | None, total: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """The part's output in `dtype`; with `total` (float32, channels_last) added to that, in place."""
+        if self.moved is not None:
+            total = self._add_moved(codes, step, total)
+        if total is None:
+            return self._run(codes, step, self.packed, self.scale, bias, dtype)
+        at = self.at
+        given = (codes, self.steps.scale[step], self.steps.zero[step], self.packed, self.scale, self.zeros, total, bias)
+        if at.kind == "linear":
+            torch.ops.onednn.qlinear_pointwise.binary(*given, 1.0, 0, torch.float32, 1.0, 0, "sum", 1.0, "none", [], "")
+        else:
+            torch.ops.onednn.qconv2d_pointwise.binary(
+                *given, at.stride, at.padding, at.dilation, at.groups,
+                1.0, 0, torch.float32, 1.0, 0, "sum", 1.0, "none", [], "",
+            )  # fmt: skip
+        return total
+
+    def _add_moved(self, codes: Tensor, step: int, total: Tensor | None) -> Tensor:
+        """k[o] d_w[o] Σ (q_x − z_x) d_x, added to `total` or alone; the sum runs over the window and the group."""
+        assert self.moved is not None
+        scale, zero = self.steps.scale[step], self.steps.zero[step]
+        if self.at.kind == "linear":
+            sums = codes.sum(-1, keepdim=True, dtype=torch.int32).sub_(zero * codes.shape[-1]).float().mul_(scale)
+            return sums * self.moved if total is None else total.addcmul_(sums, self.moved)
+        assert self.ones is not None
+        sums = self._run(codes, step, self.ones, self.one, None, torch.float32).permute(0, 2, 3, 1)  # (N, H, W, groups)
+        if self.at.groups > 1:
+            sums = sums.repeat_interleave(self.at.outputs // self.at.groups, dim=-1)
+        if total is None:
+            return (sums * self.moved).permute(0, 3, 1, 2)  # channels_last
+        total.permute(0, 2, 3, 1).addcmul_(sums, self.moved)
+        return total
+
+
+class OnednnLayer:
+    """`op(x, step)`; also in two halves, `quantize` and `from_codes`, for whoever can produce codes or use a sum."""
+
+    def __init__(self, module: nn.Module, layer: QuantizedLayer) -> None:
+        self.geometry: Geometry = describe(module, layer)
+        self.parts = [OnednnPart(self.geometry, part) for part in layer.parts]
+        self.bias = bias_of(module, layer)
+
+    def __call__(self, x: Tensor, step: int) -> Tensor:
+        """Args: x as the module takes it (any floating dtype), step 0..T−1. Returns the module's shape, dtype of x.
+
+        Convolutions return channels_last. There is no gradient: RuntimeError where one would be expected.
+        """
+        at = self.geometry
+        dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
+        if at.kind != "linear" and x.dim() == at.spatial + 2 and x.shape[0] == 0:
+            at.check(x)
+            rows, columns = at.size(*at.image(x).shape[2:])
+            return at.restore(x.new_empty((0, at.outputs, rows, columns)), x)
+        y = self._sum(self.quantize(x, step), step, None, True, dtype)
+        return (y if at.kind == "linear" else at.restore(y, x)).to(x.dtype)
+
+    def quantize(self, x: Tensor, step: int) -> tuple[Tensor, ...]:
+        """Return the input's codes, uint8, one tensor a part: (N, C', H, W) channels_last or (…, C') for a linear layer.
+
+        x is the module's input; a Conv1d's codes are one row high, and padding other than by zeros is in them.
+        """
+        at = self.geometry
+        at.check(x)
+        if x.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                "the onednn kernel computes with integers and has no gradient, but its input requires one; "
+                "use kernel='reference', or torch.no_grad()"
+            )
+        for part in self.parts:
+            part.steps.check(step)
+        dim = -1
+        if at.kind != "linear":
+            x, dim = at.image(x), 1
+        given = [(p.begin, p.end, p.steps.scale[step], p.steps.zero[step], p.steps.top) for p in self.parts]
+        return passes.quantize(x, dim, given)
+
+    def from_codes(
+        self, codes: tuple[Tensor, ...], step: int, accumulate: Tensor | None = None, bias: bool = True
+    ) -> Tensor:
+        """Return the layer's output in float32 for codes as `quantize` returns them: (N, O, H, W) channels_last, (…, O).
+
+        accumulate: a float32 tensor of the output's shape, contiguous (convolutions: channels_last), which is added to
+        in place and returned. bias: whether the layer's bias is added.
+        """
+        if accumulate is not None:
+            self._check_total(accumulate)
+        return self._sum(codes, step, accumulate, bias, torch.float32)
+
+    def _check_total(self, total: Tensor) -> None:
+        form = torch.contiguous_format if self.geometry.kind == "linear" else torch.channels_last
+        if total.dtype != torch.float32 or not total.is_contiguous(memory_format=form):
+            raise ValueError(
+                f"accumulate is {total.dtype} of strides {total.stride()}; expected float32, contiguous in {form}"
+            )
+
+    def _sum(
+        self, codes: tuple[Tensor, ...], step: int, total: Tensor | None, with_bias: bool, dtype: torch.dtype
+    ) -> Tensor:
+        bias = self.bias if with_bias else None
+        given, crop = total, self.geometry.crop
+        if any(crop):  # the output is cut afterwards, so nothing can be added to it in place
+            total = None
+        for part, part_codes in zip(self.parts, codes, strict=True):
+            single = len(self.parts) == 1 and total is None
+            total = part.run(part_codes, step, bias, total, dtype if single else torch.float32)
+            bias = None  # once
+        assert total is not None
+        if not any(crop):
+            return total
+        total = total[:, :, crop[0] :, crop[1] :].contiguous(memory_format=torch.channels_last)
+        return total if given is None else given.add_(total)
+
+
+@functools.cache
+def _missing() -> str | None:
+    """What this build of torch or this processor lacks; None where integer products are exact."""
+    if not torch.backends.mkldnn.is_available():
+        return "this build of torch is without oneDNN (mkldnn)"
+    for name, arguments in NEEDED.items():
+        packet, overload = name.split(".")
+        try:
+            schema = getattr(getattr(torch.ops.onednn, packet), overload)._schema
+        except AttributeError:
+            return f"torch {torch.__version__} has no torch.ops.onednn.{name}"
+        found = " ".join(argument.name for argument in schema.arguments)
+        if found != arguments:
+            return f"torch {torch.__version__} has another torch.ops.onednn.{name}: its arguments are {found}"
+    # Without VNNI, oneDNN adds pairs of products in 16 bits, which saturate: 255·127·2 comes out as 32767.
+    one, zero = torch.ones(16), torch.zeros(16, dtype=torch.int8)
+    packed = torch.ops.onednn.qlinear_prepack(torch.full((16, 64), 127, dtype=torch.int8), None)
+    codes = torch.full((4, 64), 255, dtype=torch.uint8)
+    found = torch.ops.onednn.qlinear_pointwise(
+        codes, 1.0, 0, packed, one, zero, None, 1.0, 0, torch.float32, "none", [], ""
+    )
+    if not bool((found == 255 * 127 * 64).all()):
+        return "this processor has no VNNI, without which oneDNN's sums of int8 products saturate and are wrong"
+    return None
+
+
+class Onednn:
+    """The kernel named "onednn"."""
+
+    name = "onednn"
+
+    def why_not(self, device: torch.device) -> str | None:
+        """None on a CPU with VNNI and a torch that has oneDNN's quantized operators."""
+        if device.type != "cpu":
+            return f"it computes on the CPU and the model is on {device}"
+        return _missing()
+
+    def build(self, module: nn.Module, layer: QuantizedLayer) -> OnednnLayer:
+        """Pack the weight once; no floating-point weight is kept. Raises where `layer` does not fit `module`."""
+        return OnednnLayer(module, layer)

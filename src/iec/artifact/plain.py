@@ -80,18 +80,25 @@ def _is_number(value: Any) -> bool:
 
 _KINDS: dict[str, Callable[[Any], bool]] = {
     "text": lambda value: isinstance(value, str),
+    "a number": _is_number,
     "a whole number": _is_whole,
+    "a positive whole number": lambda value: _is_whole(value) and value > 0,
+    "a whole number in 2..8": lambda value: _is_whole(value) and 2 <= value <= 8,
     "true or false": lambda value: isinstance(value, bool),
     "an object": lambda value: isinstance(value, dict),
     "an object or null": lambda value: value is None or isinstance(value, dict),
     "a list": lambda value: isinstance(value, list),
-    "an object of texts": lambda value: isinstance(value, dict) and all(isinstance(v, str) for v in value.values()),
-    "a list of numbers": lambda value: isinstance(value, list) and all(map(_is_number, value)),
-    "a list of positive whole numbers": lambda value: (
-        isinstance(value, list) and all(_is_whole(v) and v > 0 for v in value)
-    ),
-    "a whole number in 2..8": lambda value: _is_whole(value) and 2 <= value <= 8,
 }
+_COLLECTIONS = {  # of what, each of which kind
+    "an object of texts": ("an object", "text"),
+    "a list of numbers": ("a list", "a number"),
+    "a list of positive whole numbers": ("a list", "a positive whole number"),
+}
+
+
+def _check(value: Any, kind: str, path: str) -> None:
+    if not _KINDS[kind](value):
+        raise ValueError(f"{path}: found {short(value)}, expected {kind}")
 
 
 class Fields:
@@ -103,13 +110,16 @@ class Fields:
         self._left, self._path = dict(value), path
 
     def take(self, name: str, kind: str) -> Any:
-        """The field `name`, which must be of `kind`, a key of the table above."""
+        """The field `name`, which must be of `kind`, a key of one of the tables above."""
         path = f"{self._path}.{name}" if self._path else name
         if name not in self._left:
             raise ValueError(f"{path}: missing, expected {kind}")
         value = self._left.pop(name)
-        if not _KINDS[kind](value):
-            raise ValueError(f"{path}: found {short(value)}, expected {kind}")
+        whole, each = _COLLECTIONS.get(kind, (kind, None))
+        _check(value, whole, path)
+        if each is not None:
+            for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+                _check(inner, each, f"{path}.{key}" if isinstance(value, dict) else f"{path}[{key}]")
         return value
 
     def done(self) -> None:

@@ -106,12 +106,13 @@ def search(rows: Tensor, bits: int, method: str = "mse", symmetric: bool = False
         scored as it is returned).
 
     Departures from the released code, because integer kernels need d > 0 and |z| ≤ 2^14:
-        - a constant row c is represented exactly: d = |c|, z = 0 for c > 0 and 1 for c < 0; d = 1, z = 0 for c = 0.
-          (Released: d = c and z = 0, a negative or zero scale unless c > 0. Symmetric: d = |c|, z = L/2.)
+        - a constant row c is represented exactly: d = |c|, z = 0 for c > 0 and 1 for c < 0; d = 1, z = 0 for c = 0 (or
+          |c| < 1e-30). Released: d = c and z = 0, a negative or zero scale unless c > 0. Symmetric: d = |c|, z = L/2.
         - "mse" returns the scored pair where the released one has |z| > 2^14 (values within [1000, 1000.1] in 8 bits
           would have z = −2.5 million: beyond int16, and x/d + z would cancel in float32) or d < 1e-30.
 
-    A row's answer does not depend on the other rows. Uses a few MB beside the rows in float32. No gradients.
+    A row's answer does not depend on the other rows. Beside the rows in float32, it needs a few MB and 2 KB a row
+    (percentiles: 16 bytes for each number of one row). No gradients.
     Raises TypeError for rows that are not floating point or bits that are no int; ValueError for bits beyond 2 … 8, rows
     that are not (C, M) with C, M ≥ 1, values that are not finite, or an unknown method.
     """
@@ -214,13 +215,11 @@ def _best(rows: Tensor, candidates: Affine, levels: int) -> Tensor:
             score[part] += _power(error).sum(-1, dtype=torch.float64)
     # errors were in units of the candidate's scale; relative to the first scale, powers neither overflow nor vanish
     score *= (candidates.scale.double() / candidates.scale[:, :1].double()) ** POWER
-    # argmin of the CPU does not promise the first of equals
-    first = (score == score.amin(1, keepdim=True)).to(torch.uint8)
-    return first.argmax(1) if not rows.is_cuda else first.cumsum(1).eq(1).to(torch.uint8).argmax(1)
+    return score.argmin(1)  # the first of equals
 
 
 def _power(error: Tensor) -> Tensor:
-    """|e|^2.4, in place."""
+    """|e|^2.4, in place: through log2 and exp2 of e² it takes 0.4 of pow's time, to 3e-6 of its value; 0 stays 0."""
     return error.square_().log2_().mul_(POWER / 2).exp2_()
 
 
@@ -250,7 +249,7 @@ def _constants(found: Affine, value: Tensor, constant: Tensor, levels: int, symm
     size = value.abs()
     scale = torch.where(size >= SCALE_FLOOR, size, 1.0)  # zero, or next to it: code and zero point agree, x̂ = 0
     zero = torch.full_like(value, levels // 2) if symmetric else (value <= -SCALE_FLOOR).to(value.dtype)
-    return Affine(torch.where(constant, scale, found.scale), torch.where(constant, zero, found.zero))
+    return Affine(torch.where(constant, scale, found.scale), torch.where(constant, zero, found.zero) + 0.0)  # no −0
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:

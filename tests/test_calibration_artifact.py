@@ -757,8 +757,8 @@ def test_describe(saved: Path) -> None:
     assert about["timesteps"] == "990 … 960.8"
     assert (about["layers"], about["split_layers"], about["layers_with_new_bias"]) == (4, 1, 2)
     assert about["attention_products"] == 3
-    assert about["weight_bits"] == {"4 bits": "4 parts", "8 bits": "1 parts"}
-    assert about["activation_bits"] == {"6 bits": "1 tables", "8 bits": "8 tables"}
+    assert about["weight_bits"] == {"4 bits": "4 parts", "8 bits": "1 part"}
+    assert about["activation_bits"] == {"6 bits": "1 table", "8 bits": "8 tables"}
     assert (about["weight_bytes"], about["float_bytes"]) == (made.weight_bytes, made.float_bytes)
     assert about["skipped"] == {"unet.norm": "no layer of a kind that is quantized"}
     assert set(about["activation_scales"]) == {"smallest", "largest", "most changing"}

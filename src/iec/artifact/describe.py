@@ -125,8 +125,8 @@ def _quantization(quant: Quantization, calibration: Calibration) -> dict[str, An
         "split_layers": sum(len(layer) > 1 for layer in parts.values()),
         "layers_with_new_bias": sum(layer.bias is not None for layer in quant.layers.values()),
         "attention_products": len(quant.products),
-        "weight_bits": _bits([part.weight.bits for part in every], "parts"),
-        "activation_bits": _bits([part.act.bits for part in every] + [table.bits for table in products], "tables"),
+        "weight_bits": _bits([part.weight.bits for part in every], "part"),
+        "activation_bits": _bits([part.act.bits for part in every] + [table.bits for table in products], "table"),
         "weight_bytes": stored,
         "float_bytes": full,
         "weights_to_float": f"{stored / full:.3f}" if full else "none",
@@ -137,7 +137,8 @@ def _quantization(quant: Quantization, calibration: Calibration) -> dict[str, An
 
 
 def _bits(bits: list[int], what: str) -> dict[str, str]:
-    return {f"{value} bits": f"{bits.count(value)} {what}" for value in sorted(set(bits))}
+    counts = {value: bits.count(value) for value in sorted(set(bits))}
+    return {f"{value} bits": f"{count} {what}{'s' if count > 1 else ''}" for value, count in counts.items()}
 
 
 def _ranges(scales: dict[str, Tensor]) -> dict[str, str]:

@@ -65,7 +65,7 @@ def test_conditions_are_one_value_or_one_per_image() -> None:
         ("ddim", {"batch_size": 0}, "batches of 0"),
         ("ddim", {"num_inference_steps": 0}, "with 0 steps"),
         ("ddim", {"prompt": "a cat"}, "DDIMPipeline takes no prompt; it takes eta, "),
-        ("ddim", {"output_type": "pil"}, "output_type: set by sample"),
+        ("ddim", {"output_type": "pil"}, "output_type: set by IEC"),
         ("dit", {}, "DiTPipeline needs class_labels="),
         ("sd", {}, "StableDiffusionPipeline needs prompt="),
         ("dit", {"class_labels": [1, 2, 3]}, "class_labels has 3 entries for 2 seeds"),

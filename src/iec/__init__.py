@@ -10,25 +10,33 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from iec import plan
+    from iec.artifact.calibration import Calibration
     from iec.caches.deepcache import DeepCache
+    from iec.calibration.calibrate import calibrate
     from iec.core.correction import Trace, correct
     from iec.pipeline.caching import cache
     from iec.pipeline.installation import undo
     from iec.pipeline.models import load, models
+    from iec.pipeline.quantizing import quantize
     from iec.pipeline.session import Session, disable, enable, summary
     from iec.plan import CorrectionPlan, StepClock
+    from iec.quant.config import QuantConfig
     from iec.schedule.scheduler import IECScheduler
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Calibration": "iec.artifact.calibration",
     "CorrectionPlan": "iec.plan",
     "DeepCache": "iec.caches.deepcache",
     "IECScheduler": "iec.schedule.scheduler",
     "Session": "iec.pipeline.session",
     "StepClock": "iec.plan",
     "Trace": "iec.core.correction",
+    "QuantConfig": "iec.quant.config",
     "cache": "iec.pipeline.caching",
+    "calibrate": "iec.calibration.calibrate",
+    "quantize": "iec.pipeline.quantizing",
     "correct": "iec.core.correction",
     "disable": "iec.pipeline.session",
     "enable": "iec.pipeline.session",
@@ -40,19 +48,23 @@ _HOMES = {
 }
 
 __all__ = [
+    "Calibration",
     "CorrectionPlan",
     "DeepCache",
     "IECScheduler",
+    "QuantConfig",
     "Session",
     "StepClock",
     "Trace",
     "cache",
+    "calibrate",
     "correct",
     "disable",
     "enable",
     "load",
     "models",
     "plan",
+    "quantize",
     "summary",
     "undo",
 ]

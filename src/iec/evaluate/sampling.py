@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import inspect
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -12,12 +11,8 @@ from typing import Any
 import torch
 
 from iec.pipeline.adapters import denoisers
+from iec.pipeline.batches import batches
 from iec.pipeline.installation import installed
-
-# Arguments that pipelines want once per image; a single value is repeated.
-_PROMPTS = ("prompt", "prompt_2", "prompt_3")
-_PER_IMAGE = (*_PROMPTS, *(f"negative_{name}" for name in _PROMPTS), "class_labels")
-_OURS = ("generator", "output_type", "return_dict", "num_images_per_prompt")
 
 
 def sample(
@@ -39,55 +34,14 @@ def sample(
     Raises ValueError for no seeds, a bad batch size or number of steps, arguments that the pipeline does not take or
     lacks; RuntimeError when images hold NaN or infinity.
     """
-    if not seeds or batch_size < 1 or num_inference_steps < 1:
-        raise ValueError(
-            f"{len(seeds)} seeds in batches of {batch_size} with {num_inference_steps} steps: "
-            "expected at least 1 of each"
-        )
-    accepted = inspect.signature(pipe.__call__).parameters
-    _check(type(pipe).__name__, accepted, kwargs)
-    for key in _PER_IMAGE:
-        if isinstance(kwargs.get(key), (list, tuple)) and len(kwargs[key]) != len(seeds):
-            raise ValueError(
-                f"{key} has {len(kwargs[key])} entries for {len(seeds)} seeds; give one value, or one per seed"
-            )
-    batches: list[torch.Tensor] = []
-    for start in range(0, len(seeds), batch_size):
-        chosen = slice(start, start + batch_size)
-        count = len(seeds[chosen])
-        arguments = {key: _part(value, chosen, count) if key in _PER_IMAGE else value for key, value in kwargs.items()}
-        if "batch_size" in accepted:
-            arguments["batch_size"] = count
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds[chosen]]
-        result = pipe(generator=generators, num_inference_steps=num_inference_steps, output_type="np", **arguments)
-        batches.append(_to_uint8(result.images, seeds[chosen]))
+    images: list[torch.Tensor] = []
+    done = 0
+    for batch in batches(pipe, seeds, num_inference_steps, batch_size, output_type="np", **kwargs):
+        images.append(_to_uint8(pipe(**batch.arguments).images, batch.seeds))
+        done += len(batch.seeds)
         if progress is not None:
-            progress(start + count, len(seeds))
-    return torch.cat(batches)
-
-
-def _check(name: str, accepted: Any, kwargs: dict[str, Any]) -> None:
-    """Raise ValueError for arguments that the pipeline does not take or lacks, or that are ours to set."""
-    ours = [key for key in kwargs if key in (*_OURS, "batch_size")]
-    if ours:
-        raise ValueError(f"{', '.join(ours)}: set by sample() itself; leave out")
-    missing = [key for key in ("generator", "num_inference_steps", "output_type") if key not in accepted]
-    if missing:
-        raise ValueError(f"{name} takes no {', '.join(missing)}, so sample() cannot drive it")
-    unknown = [key for key in kwargs if key not in accepted]
-    if unknown:
-        takes = ", ".join(key for key in accepted if key not in (*_OURS, "batch_size", "self", "args", "kwargs"))
-        raise ValueError(f"{name} takes no {', '.join(unknown)}; it takes {takes}")
-    conditions = [key for key in ("prompt", "class_labels") if key in accepted]
-    embedded = any(key.endswith("_embeds") and value is not None for key, value in kwargs.items())
-    if "batch_size" not in accepted and conditions and not embedded and kwargs.get(conditions[0]) is None:
-        raise ValueError(f"{name} needs {conditions[0]}=...")
-
-
-def _part(value: Any, chosen: slice, count: int) -> Any:
-    if value is None:
-        return None
-    return list(value[chosen]) if isinstance(value, (list, tuple)) else [value] * count
+            progress(done, len(seeds))
+    return torch.cat(images)
 
 
 def _to_uint8(images: Any, seeds: Sequence[int]) -> torch.Tensor:

@@ -25,8 +25,8 @@ def load(model: str | Path, **kwargs: Any) -> Any:
     from diffusers import DiffusionPipeline
 
     folder = _bundled().get(str(model))
-    if folder is not None:  # small, so without accelerate, which would warn where it is missing
-        kwargs = {"use_safetensors": True, "low_cpu_mem_usage": False, **kwargs}
+    if folder is not None:  # small, so without accelerate, which would warn where it is missing; quantizing needs it
+        kwargs = {"use_safetensors": True, "low_cpu_mem_usage": "quantization_config" in kwargs, **kwargs}
     try:
         return DiffusionPipeline.from_pretrained(str(folder or model), **kwargs)
     except OSError as error:

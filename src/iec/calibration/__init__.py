@@ -1,0 +1,1 @@
+"""From the trajectories of a pipeline to a Calibration."""

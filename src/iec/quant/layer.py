@@ -1,0 +1,100 @@
+"""Run time: the forwards of quantized layers, which take their scales from the clock."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from iec.artifact.calibration import Product, QuantizedLayer, StepTable
+from iec.core.affine import fake_quantize
+from iec.patch import replace_forward
+from iec.plan import StepClock
+from iec.quant.attention import PRODUCTS, QuantizedProducts, replace_processor
+from iec.quant.kernels import Kernel
+
+Op = Callable[[Tensor, int], Tensor]
+
+
+class QuantizedModel:
+    """The quantized layers of one denoiser, in place from `install()` to `remove()`.
+
+    Args:
+        model: the denoiser.
+        layers: quantized layers by module name within the model.
+        products: quantizers of attention products by module name.
+        clock: says at which step the model is evaluated, which is all that the choice of scales depends on: a correction has
+            the step, and so the scales, of its ordinary visit.
+        kernel: computes the layers.
+
+    Raises KeyError for a name that the model lacks.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: dict[str, QuantizedLayer],
+        products: dict[str, dict[Product, StepTable]],
+        clock: StepClock,
+        kernel: Kernel,
+    ) -> None:
+        self.model, self.clock, self.kernel = model, clock, kernel
+        self.modules = {name: model.get_submodule(name) for name in layers}
+        self.ops: dict[str, Op] = {name: kernel.build(self.modules[name], layer) for name, layer in layers.items()}
+        self.products = {
+            name: {product: RoundedProduct(tables[product]) for product in PRODUCTS}
+            for name, tables in products.items()
+        }
+        self._removers: list[Callable[[], None]] = []
+
+    def install(self) -> None:
+        """Stand in for the forwards of the layers and for the processors of the attentions."""
+        for name, module in self.modules.items():
+            self._removers.append(replace_forward(module, self._forward(self.ops[name])))
+        for name, of in self.products.items():
+            processor = QuantizedProducts({product: self._rounded(rounded) for product, rounded in of.items()})
+            self._removers.append(replace_processor(self.model.get_submodule(name), processor))
+
+    def remove(self) -> None:
+        """Step aside."""
+        for undo in reversed(self._removers):
+            undo()
+        self._removers = []
+
+    def step(self) -> int:
+        """The step of the clock. Raises RuntimeError when it stands still."""
+        tick = self.clock.now
+        if tick is None:
+            raise RuntimeError(
+                f"this {type(self.model).__name__} is quantized with scales that belong to sampling steps, and was evaluated "
+                "outside a run of its pipeline; call the pipeline, or iec.undo(pipe) before evaluating the model by itself"
+            )
+        return tick.step
+
+    def _forward(self, op: Op) -> Any:
+        def around(forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+            return op(args[0] if args else kwargs["input"], self.step())
+
+        return around
+
+    def _rounded(self, rounded: RoundedProduct) -> Callable[[Tensor], Tensor]:
+        return lambda x: rounded(x, self.step())
+
+
+class RoundedProduct:
+    """Rounds an operand of an attention product at a step; the product itself is computed in floating point."""
+
+    def __init__(self, table: StepTable) -> None:
+        self.table = table
+        self.scales, self.zeros = table.scale.tolist(), table.zero.tolist()
+        self.last = 2**table.bits - 1
+
+    def __call__(self, x: Tensor, step: int) -> Tensor:
+        scale, zero = self.scales[step], self.zeros[step]
+        if 0 <= zero <= self.last and x.dtype == torch.float32:  # one pass
+            return torch.fake_quantize_per_tensor_affine(x, scale, zero, 0, self.last)
+        return fake_quantize(
+            x, self.table.scale[step].to(x.device), self.table.zero[step].to(x.device), self.table.bits
+        )

@@ -41,6 +41,7 @@ class Maker:
 
     def __init__(self, seed: int = 0, steps: int = STEPS) -> None:
         self.generator, self.steps = torch.Generator().manual_seed(seed), steps
+        self.zeros = 0
 
     def integers(self, low: int, high: int, *shape: int) -> Tensor:
         return torch.randint(low, high, shape, generator=self.generator)
@@ -49,7 +50,9 @@ class Maker:
         return torch.rand(size, generator=self.generator) + 1e-6
 
     def zero(self, size: int) -> Tensor:
-        return self.integers(-300, 300, size).short()
+        """Codes for every second weight or table, also others for the rest."""
+        self.zeros += 1
+        return self.integers(*((-300, 300) if self.zeros % 2 else (0, 256)), size).short()
 
     def table(self, bits: int = 8) -> StepTable:
         return StepTable(self.scale(self.steps), self.zero(self.steps), bits)
@@ -407,23 +410,23 @@ FORGED: dict[str, tuple[Callable[[dict[str, Any], dict[str, Tensor]], Any], str]
         lambda d, t: put(t, "bias", t["bias"][None].clone()),
         r"bias: found .* shape \(1, 8\)",
     ),
-    "a scale of zero": (lambda d, t: t["weight_scale"].__setitem__(0, 0), r"weight\.scale: found values that are not"),
-    "a negative scale": (lambda d, t: t["step_scale"].__setitem__(0, -1), r"act\.scale: found values that are not"),
+    "a scale of zero": (lambda d, t: t["scale"].__setitem__(0, 0), r"weight\.scale: found values that are not"),
+    "a negative scale": (lambda d, t: t["scale"].__setitem__(3, -1), r"act\.scale: found values that are not"),
     "an infinite scale": (
-        lambda d, t: t["step_scale"].__setitem__(-1, float("inf")),
+        lambda d, t: t["scale"].__setitem__(-1, float("inf")),
         r"\.scale: found values that are",
     ),
-    "a NaN for a scale": (lambda d, t: t["weight_scale"].__setitem__(-1, float("nan")), r"weight\.scale: found values"),
+    "a NaN for a scale": (lambda d, t: t["scale"].__setitem__(0, float("nan")), r"weight\.scale: found values"),
     "a NaN in a bias": (
         lambda d, t: t["bias"].__setitem__(0, float("nan")),
         r"\.bias: found values that are not finite",
     ),
-    "a zero point that overflows": (lambda d, t: t["step_zero"].__setitem__(0, -32768), "zero: found 32768, expected"),
+    "a zero point that overflows": (lambda d, t: t["zero_wide"].__setitem__(0, -32768), "zero: found 32768, expected"),
     "tables of another length": (
         lambda d, t: put(d["origin"], "num_steps", STEPS + 1),
-        "step_scale: found .* expected",
+        "scale: found .* expected",
     ),
-    "no steps": (lambda d, t: put(d["origin"], "num_steps", 0), "tensors: found"),
+    "no steps": (lambda d, t: put(d["origin"], "num_steps", 0), r"origin\.num_steps: found 0"),
     "codes beyond their bits": (lambda d, t: put(part(d), "weight_bits", 3), r"codes: found 15, expected at most 7"),
     "bits beyond 8": (lambda d, t: put(part(d), "weight_bits", 9), r"parts\[0\]\.weight_bits: found 9, expected"),
     "bits that are none": (lambda d, t: put(part(d), "act_bits", True), r"act_bits: found True, expected"),
@@ -450,6 +453,15 @@ FORGED: dict[str, tuple[Callable[[dict[str, Any], dict[str, Tensor]], Any], str]
         lambda d, t: d["quantization"]["products"].update({"unet.a.attn": {"sum": 8}}),
         "no such operand",
     ),
+    "a wide zero point of nothing": (
+        lambda d, t: d["quantization"]["wide"].append("x"),
+        r"wide: found \['x'\], expected",
+    ),
+    "a wide zero point twice": (
+        lambda d, t: d["quantization"].update(wide=d["quantization"]["wide"] * 2),
+        "wide: found",
+    ),
+    "another wide zero point": (lambda d, t: d["quantization"]["wide"].pop(), "tensors: found|zero.*: found"),
     "a tensors' file elsewhere": (lambda d, t: put(d["tensors"], "file", "../x.safetensors"), r"tensors\.file: found"),
 }
 
@@ -743,9 +755,9 @@ def test_configurations() -> None:
 
 def test_the_page_is_readable(saved: Path) -> None:
     text = (saved / "calibration.json").read_text(encoding="utf-8")
-    assert max(map(len, text.splitlines())) < 180 and "ein Käfer" in text and text.endswith("}\n")
+    assert max(map(len, text.splitlines())) <= 180 and "ein Käfer" in text and text.endswith("}\n")
     long = {"numbers": [i / 7 for i in range(50)], "texts": ["x" * 50] * 5, "empty": {}, "deep": [{"a": "é" * 99}] * 3}
-    assert loads(dumps(long)) == long and max(map(len, dumps(long).splitlines())) <= 121
+    assert loads(dumps(long)) == long and max(map(len, dumps(long).splitlines())) <= 181
 
 
 def test_describe(saved: Path) -> None:

@@ -185,7 +185,10 @@ class Calibration:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of the quantized weights as stored: packed codes, and scale and zero point of each output channel."""
+        """Bytes of the quantized weights: packed codes, and 4 + 2 for scale and zero point of each output channel.
+
+        A folder takes one less for zero points that fit a byte, and has the step tables and the page besides.
+        """
         return sum(packed_bytes(w.codes.numel(), w.bits) + 6 * w.codes.shape[0] for w in self._weights())
 
     @property

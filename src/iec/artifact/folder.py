@@ -40,7 +40,7 @@ _ORIGIN = {
     "architecture": "an object of texts",
     "scheduler": "text",
     "scheduler_config": "text",
-    "num_steps": "a whole number",
+    "num_steps": "a positive whole number",
     "timesteps": "a list of numbers",
     "num_samples": "a whole number",
     "seed": "a whole number",
@@ -98,11 +98,12 @@ def _load(folder: Path, text: str) -> Calibration:
         raise ValueError(f"{file}: cannot be read as JSON: {error}; calibrate anew") from error
     try:
         origin, page, about = _parse(document)
+        expected = {} if page is None else page.shapes()
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
     file = folder / about["file"]
     try:
-        tensors = _tensors(file, about, {} if page is None else page.shapes())
+        tensors = _tensors(file, about, expected)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
     calibration = Calibration(origin, None if page is None else page.build(tensors))

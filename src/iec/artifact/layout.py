@@ -1,8 +1,10 @@
-"""Quantized layers as a page of plain data and six flat tensors.
+"""Quantized layers as a page of plain data and five flat tensors.
 
 A tensor of its own for every scale and zero would cost more in headers than in values. So there is one tensor per sort
-of value, over all layers: parts in the order of the sorted layer names, then products in the order of the sorted
-attention modules and of their operands. Which stretch is whose follows from the plain data.
+of value, over all layers: parts in the order of the sorted layer names, each weight before its step table; then products
+in the order of the sorted attention modules and of their operands. Which stretch is whose follows from the plain data.
+
+Nearly all zero points are codes themselves and take a byte; weights and tables with others are listed as wide.
 """
 
 from __future__ import annotations
@@ -12,16 +14,22 @@ from typing import Any
 
 import torch
 
-from iec.artifact.calibration import LayerPart, Quantization, QuantizedLayer, StepTable, WeightCodes, packed_bytes
-from iec.artifact.plain import Fields, plain
+from iec.artifact.calibration import (
+    LayerPart,
+    Quantization,
+    QuantizedLayer,
+    StepTable,
+    WeightCodes,
+    packed_bytes,
+)
+from iec.artifact.plain import Fields, plain, short
 from iec.core.affine import pack, unpack
 
 _DTYPES = {
     "codes": torch.uint8,  # packed, (bytes,)
-    "weight_scale": torch.float32,  # (output channels of all parts,)
-    "weight_zero": torch.int16,
-    "step_scale": torch.float32,  # (tables * steps,)
-    "step_zero": torch.int16,
+    "scale": torch.float32,  # of weights (output channels,) and tables (steps,)
+    "zero": torch.uint8,  # as many as scales, but for the wide ones
+    "zero_wide": torch.int16,
     "bias": torch.float32,  # (output channels of all layers with a bias,)
 }
 
@@ -29,27 +37,39 @@ _DTYPES = {
 def flatten(quant: Quantization) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """The plain data and the tensors (on the CPU; those without values are left out) of `quant`."""
     pools: dict[str, list[torch.Tensor]] = {name: [] for name in _DTYPES}
+    wide: list[str] = []
 
     def put(pool: str, tensor: torch.Tensor) -> None:
         pools[pool].append(tensor.detach().cpu().reshape(-1))
 
-    def put_table(table: StepTable) -> None:
-        put("step_scale", table.scale)
-        put("step_zero", table.zero)
+    def put_affine(of: WeightCodes | StepTable, path: str) -> None:
+        put("scale", of.scale)
+        if bool(((of.zero >= 0) & (of.zero <= 255)).all()):
+            put("zero", of.zero.to(torch.uint8))
+        else:
+            put("zero_wide", of.zero)
+            wide.append(path)
 
-    for _, layer in sorted(quant.layers.items()):
-        for part in layer.parts:
+    for name, layer in sorted(quant.layers.items()):
+        for index, part in enumerate(layer.parts):
             put("codes", pack(part.weight.codes.detach().cpu().contiguous(), part.weight.bits))
-            put("weight_scale", part.weight.scale)
-            put("weight_zero", part.weight.zero)
-            put_table(part.act)
+            put_affine(part.weight, _weight_path(name, index))
+            put_affine(part.act, _act_path(name, index))
         if layer.bias is not None:
             put("bias", layer.bias)
-    for _, tables in sorted(quant.products.items()):
-        for _, table in sorted(tables.items()):
-            put_table(table)
+    for name, tables in sorted(quant.products.items()):
+        for key, table in sorted(tables.items()):
+            put_affine(table, f"{name}.{key}")
     tensors = {name: torch.cat(pool) for name, pool in pools.items() if sum(map(len, pool))}
-    return _plain(quant), tensors
+    return {**_plain(quant), "wide": wide}, tensors
+
+
+def _weight_path(name: str, index: int) -> str:
+    return f"{name}.parts[{index}].weight"
+
+
+def _act_path(name: str, index: int) -> str:
+    return f"{name}.parts[{index}].act"
 
 
 def _plain(quant: Quantization) -> dict[str, Any]:
@@ -96,50 +116,64 @@ class Page:
         for name, tables in fields.take("products", "an object").items():
             of = Fields(tables, f"quantization.products[{name!r}]")
             self._products[name] = {key: of.take(key, "a whole number in 2..8") for key in tables}
+        self._wide: list[str] = fields.take("wide", "a list of texts")
         fields.done()
 
+    def _affines(self) -> dict[str, int]:
+        """Of every weight and every table, by path, how many scales and zero points it has."""
+        sizes: dict[str, int] = {}
+        for name, layer in self._layers.items():
+            for index, part in enumerate(layer.parts):
+                sizes |= {_weight_path(name, index): part.shape[0], _act_path(name, index): self._steps}
+        return sizes | {f"{name}.{key}": self._steps for name, of in self._products.items() for key in of}
+
     def shapes(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Which tensors there must be, of which dtype and shape."""
+        """Which tensors there must be, of which dtype and shape. Raises ValueError for wide zero points of nothing."""
         parts = [part for layer in self._layers.values() for part in layer.parts]
-        channels = sum(part.shape[0] for part in parts)
-        entries = (len(parts) + sum(map(len, self._products.values()))) * self._steps
+        affines = self._affines()
+        if set(self._wide) - affines.keys() or len(set(self._wide)) < len(self._wide):
+            unknown = [path for path in self._wide if path not in affines] or self._wide
+            raise ValueError(f"quantization.wide: found {short(unknown)}, expected weights and tables, each once")
+        scales, wide = sum(affines.values()), sum(affines[path] for path in self._wide)
         sizes = {
             "codes": sum(packed_bytes(math.prod(part.shape), part.weight_bits) for part in parts),
-            "weight_scale": channels,
-            "weight_zero": channels,
-            "step_scale": entries,
-            "step_zero": entries,
+            "scale": scales,
+            "zero": scales - wide,
+            "zero_wide": wide,
             "bias": sum(layer.parts[0].shape[0] for layer in self._layers.values() if layer.bias),
         }
         return {name: (_DTYPES[name], (size,)) for name, size in sizes.items() if size}
 
     def build(self, tensors: dict[str, torch.Tensor]) -> Quantization:
         """The layers, out of `tensors` with exactly the names, dtypes and shapes of `shapes`."""
-        begins = dict.fromkeys(_DTYPES, 0)
+        begins, wide = dict.fromkeys(_DTYPES, 0), set(self._wide)
 
         def take(pool: str, size: int) -> torch.Tensor:
             begins[pool] += size
             return tensors[pool][begins[pool] - size : begins[pool]]
 
-        def table(bits: int) -> StepTable:
-            return StepTable(take("step_scale", self._steps), take("step_zero", self._steps), bits)
+        def affine(path: str, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+            return take("scale", size), take("zero_wide" if path in wide else "zero", size).to(torch.int16)
 
-        def weight(part: _Part) -> WeightCodes:
+        def table(path: str, bits: int) -> StepTable:
+            return StepTable(*affine(path, self._steps), bits)
+
+        def weight(path: str, part: _Part) -> WeightCodes:
             codes = take("codes", packed_bytes(math.prod(part.shape), part.weight_bits))
-            out, bits = part.shape[0], part.weight_bits
-            return WeightCodes(
-                unpack(codes, bits, part.shape), take("weight_scale", out), take("weight_zero", out), bits
-            )
+            codes = unpack(codes, part.weight_bits, part.shape)
+            return WeightCodes(codes, *affine(path, part.shape[0]), part.weight_bits)
 
         made: dict[str, QuantizedLayer] = {}
         for name, layer in sorted(self._layers.items()):
-            parts = tuple(LayerPart(p.begin, p.end, weight(p), table(p.act_bits)) for p in layer.parts)
-            made[name] = QuantizedLayer(
-                layer.kind, parts, take("bias", parts[0].weight.codes.shape[0]) if layer.bias else None
+            parts = tuple(
+                LayerPart(p.begin, p.end, weight(_weight_path(name, i), p), table(_act_path(name, i), p.act_bits))
+                for i, p in enumerate(layer.parts)
             )
-        products: dict[str, Any] = {
-            name: {key: table(bits) for key, bits in sorted(of.items())} for name, of in sorted(self._products.items())
-        }
+            bias = take("bias", layer.parts[0].shape[0]) if layer.bias else None
+            made[name] = QuantizedLayer(layer.kind, parts, bias)
+        products: dict[str, Any] = {}
+        for name, of in sorted(self._products.items()):
+            products[name] = {key: table(f"{name}.{key}", bits) for key, bits in sorted(of.items())}
         return Quantization(
             config=self._config,
             layers={name: made[name] for name in self._layers},  # in the order of the page, which is the model's

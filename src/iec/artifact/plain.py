@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Callable, Mapping
 from typing import Any
 
-_WIDTH = 120
+_WIDTH = 180  # a layer of one part on one line
 
 
 def plain(value: Any, path: str) -> Any:
@@ -91,6 +91,7 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
 }
 _COLLECTIONS = {  # of what, each of which kind
     "an object of texts": ("an object", "text"),
+    "a list of texts": ("a list", "text"),
     "a list of numbers": ("a list", "a number"),
     "a list of positive whole numbers": ("a list", "a positive whole number"),
 }

@@ -44,15 +44,20 @@ class Geometry:
         """Number of image dimensions of the module's input: 2, 1 or (linear) 0."""
         return {"conv2d": 2, "conv1d": 1, "linear": 0}[self.kind]
 
-    def size(self, rows: int, columns: int) -> tuple[int, int]:
-        """Rows and columns that a convolution puts out for an input (with its border) of that size."""
+    def uncropped(self, rows: int, columns: int) -> tuple[int, int]:
+        """Rows and columns that a convolution puts out for an input (with its border) of that size, before the crop."""
         result = [
-            (n + 2 * p - d * (k - 1) - 1) // s + 1 - c
-            for n, k, s, p, d, c in zip(
-                (rows, columns), self.kernel, self.stride, self.padding, self.dilation, self.crop, strict=True
+            (n + 2 * p - d * (k - 1) - 1) // s + 1
+            for n, k, s, p, d in zip(
+                (rows, columns), self.kernel, self.stride, self.padding, self.dilation, strict=True
             )
         ]
         return result[0], result[1]
+
+    def size(self, rows: int, columns: int) -> tuple[int, int]:
+        """The same after it."""
+        rows, columns = self.uncropped(rows, columns)
+        return rows - self.crop[0], columns - self.crop[1]
 
     def image(self, x: Tensor) -> Tensor:
         """The input of a convolution as (N, C, H, W) with its border (a view where it can be)."""

@@ -57,6 +57,7 @@ class OnednnPart:
         self.ones: Tensor | None = None
         if bool(moved.any()):
             self.moved = (moved * self.scale.double()).float()
+            self.window = torch.tensor([at.kernel, at.stride, at.padding, at.dilation]).T.contiguous()
             self.one = torch.ones(at.groups)
             if at.kind != "linear":
                 self.ones = self._pack(torch.ones_like(weight[: at.groups]), self.one)
@@ -101,18 +102,31 @@ class OnednnPart:
     def _add_moved(self, codes: Tensor, step: int, total: Tensor | None) -> Tensor:
         """k[o] d_w[o] Σ (q_x − z_x) d_x, added to `total` or alone; the sum runs over the window and the group."""
         assert self.moved is not None
-        scale, zero = self.steps.scale[step], self.steps.zero[step]
-        if self.at.kind == "linear":
-            sums = codes.sum(-1, keepdim=True, dtype=torch.int32).sub_(zero * codes.shape[-1]).float().mul_(scale)
-            return sums * self.moved if total is None else total.addcmul_(sums, self.moved)
-        assert self.ones is not None
-        sums = self._run(codes, step, self.ones, self.one, None, torch.float32).permute(0, 2, 3, 1)  # (N, H, W, groups)
-        if self.at.groups > 1:
-            sums = sums.repeat_interleave(self.at.outputs // self.at.groups, dim=-1)
+        at, scale, zero = self.at, self.steps.scale[step], self.steps.zero[step]
+        if at.kind == "linear":
+            image, shape = codes.contiguous().view(-1, 1, 1, codes.shape[-1]), (*codes.shape[:-1], at.outputs)
+        else:
+            image = codes.permute(0, 2, 3, 1).contiguous()
+            rows, columns = at.uncropped(*image.shape[1:3])
+            shape = (len(image), rows, columns, at.outputs)
+        fresh = total is None
         if total is None:
-            return (sums * self.moved).permute(0, 3, 1, 2)  # channels_last
-        total.permute(0, 2, 3, 1).addcmul_(sums, self.moved)
-        return total
+            total = torch.empty(shape)
+        elif at.kind != "linear":
+            total = total.permute(0, 2, 3, 1)
+        whole = total.view(-1, 1, 1, at.outputs) if at.kind == "linear" else total
+        if at.groups > 1 or not passes.add_window_sums(image, zero, self.window, self.moved * scale, whole, fresh):
+            sums = self._sums(codes, step)
+            torch.mul(sums, self.moved, out=total) if fresh else total.addcmul_(sums, self.moved)
+        return total if at.kind == "linear" else total.permute(0, 3, 1, 2)
+
+    def _sums(self, codes: Tensor, step: int) -> Tensor:
+        """Σ (q_x − z_x) d_x: (…, 1), or (N, h, w, 1) and with groups (N, h, w, O)."""
+        at, scale, zero = self.at, self.steps.scale[step], self.steps.zero[step]
+        if self.ones is None:
+            return codes.sum(-1, keepdim=True, dtype=torch.int32).sub_(zero * codes.shape[-1]).float().mul_(scale)
+        sums = self._run(codes, step, self.ones, self.one, None, torch.float32).permute(0, 2, 3, 1)
+        return sums.repeat_interleave(at.outputs // at.groups, dim=-1) if at.groups > 1 else sums
 
 
 class OnednnLayer:
@@ -149,13 +163,14 @@ class OnednnLayer:
                 "the onednn kernel computes with integers and has no gradient, but its input requires one; "
                 "use kernel='reference', or torch.no_grad()"
             )
+        spans = self.spans(step)
+        return passes.quantize(x, -1, spans) if at.kind == "linear" else passes.quantize(at.image(x), 1, spans)
+
+    def spans(self, step: int) -> list[passes.Span]:
+        """The ranges of input channels with their quantizers at `step`, as `passes` takes them."""
         for part in self.parts:
             part.steps.check(step)
-        dim = -1
-        if at.kind != "linear":
-            x, dim = at.image(x), 1
-        given = [(p.begin, p.end, p.steps.scale[step], p.steps.zero[step], p.steps.top) for p in self.parts]
-        return passes.quantize(x, dim, given)
+        return [(p.begin, p.end, p.steps.scale[step], p.steps.zero[step], p.steps.top) for p in self.parts]
 
     def from_codes(
         self, codes: tuple[Tensor, ...], step: int, accumulate: Tensor | None = None, bias: bool = True

@@ -1,0 +1,179 @@
+"""The passes that numba compiles; `passes` loads this file where numba is, and nothing else may import it.
+
+Plain functions of arrays; `compile` wraps them. Every number is float32 but where it says so. Without `reassoc` and `arcp`
+of fast-math x/d stays a true division, so the codes are those of `iec.core.affine.quantize` bit for bit.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numba
+import numpy as np
+from numba import njit, prange
+
+FAST = {"contract", "nsz"}
+F = np.float32
+
+
+@njit(inline="always")
+def _code(t, zero, top):  # t = x/d; comparisons in this order make a NaN 0
+    t = np.rint(t) + zero
+    t = t if t > F(0) else F(0)
+    return np.uint8(np.int32(t if t < top else top))
+
+
+@njit(inline="always")
+def _exp_negative(y):
+    """exp(−y) = 2^n 2^f, |f| ≤ 1/2: relative error below 3e-7; y is held within ±87. The polynomial is that of Cephes' exp2f."""
+    t = y * F(-1.4426950408889634)
+    t = min(max(t, F(-126)), F(126))
+    n = np.rint(t)
+    f = t - n
+    p = F(1.535336188319500e-4) * f + F(1.339887440266574e-3)
+    p = p * f + F(9.618437357674640e-3)
+    p = p * f + F(5.550332471162809e-2)
+    p = p * f + F(2.402264791363012e-1)
+    p = p * f + F(6.931472028550421e-1)
+    p = p * f + F(1.0)
+    return p * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
+
+
+def quantize_flat(x, scale, zero, top, out):
+    """x (M,) → out (M,) uint8."""
+    for i in prange(x.size):
+        out[i] = _code(x[i] / scale, zero, top)
+
+
+def quantize_rows(x, begin, scale, zero, top, out):
+    """Columns begin … begin + K of x (M, C) → out (M, K) uint8."""
+    rows, columns = out.shape
+    for i in prange(rows):
+        for c in range(columns):
+            out[i, c] = _code(x[i, begin + c] / scale, zero, top)
+
+
+def norm_quantize(x, shift, weight, bias, groups, eps, silu, size, spans, first, second):
+    """GroupNorm(x + shift), SiLU, quantize.
+
+    x (N, P, C); shift (N, C); weight, bias (C,); size: pixels that a piece of work has; spans float32 (2, 3): scale, zero
+    point and highest code of the channels that go to `first` (N, P, K) and of those that go to `second` (N, P, C − K).
+    """
+    count, pixels, channels = x.shape
+    pieces = (pixels + size - 1) // size
+    split = first.shape[2]
+    each = channels // groups
+    means = np.empty((count, pieces, channels), np.float32)
+    spreads = np.empty((count, pieces, channels), np.float32)
+    factors = np.empty((count, channels), np.float32)
+    offsets = np.empty((count, channels), np.float32)
+    centres = np.empty((count, channels), np.float32)
+    # Mean and Σ(x − mean)² of every piece and channel. Twice over the piece, which lies in the L1 or L2 cache: E[x²] − E[x]²
+    # would lose the variance of a channel that is far from zero.
+    for i in prange(count * pieces):
+        n, begin = i // pieces, (i % pieces) * size
+        end = min(begin + size, pixels)
+        mean, spread = np.zeros(channels, np.float32), np.zeros(channels, np.float32)
+        for p in range(begin, end):
+            for c in range(channels):
+                mean[c] += x[n, p, c]
+        for c in range(channels):
+            mean[c] /= F(end - begin)
+        for p in range(begin, end):
+            for c in range(channels):
+                v = x[n, p, c] - mean[c]
+                spread[c] += v * v
+        for c in range(channels):
+            means[n, i % pieces, c] = mean[c]
+            spreads[n, i % pieces, c] = spread[c]
+    # Put together in float64 for each group; y = (x − centre) factor + offset, where a
+    # mean far from zero is taken off before it is multiplied.
+    for i in prange(count * groups):
+        n, g = i // groups, i % groups
+        total = 0.0
+        for c in range(g * each, (g + 1) * each):
+            total += np.float64(shift[n, c]) * pixels
+            for j in range(pieces):
+                total += np.float64(means[n, j, c]) * (min((j + 1) * size, pixels) - j * size)
+        mean64 = total / (pixels * each)
+        squares = 0.0
+        for c in range(g * each, (g + 1) * each):
+            for j in range(pieces):
+                away = np.float64(means[n, j, c]) + np.float64(shift[n, c]) - mean64
+                squares += np.float64(spreads[n, j, c]) + away * away * (min((j + 1) * size, pixels) - j * size)
+        inverse = 1.0 / np.sqrt(squares / (pixels * each) + eps)
+        for c in range(g * each, (g + 1) * each):
+            factor = inverse * np.float64(weight[c])
+            factors[n, c] = factor
+            centre = np.float32(mean64 - np.float64(shift[n, c]))
+            centres[n, c] = centre
+            offsets[n, c] = np.float64(bias[c]) + (np.float64(shift[n, c]) - mean64 + np.float64(centre)) * factor
+    scale_1, zero_1, top_1 = spans[0, 0], spans[0, 1], spans[0, 2]
+    scale_2, zero_2, top_2 = spans[1, 0], spans[1, 1], spans[1, 2]
+    for i in prange(count * pieces):
+        n, begin = i // pieces, (i % pieces) * size
+        factor, offset, centre = factors[n], offsets[n], centres[n]
+        for p in range(begin, min(begin + size, pixels)):
+            if silu:
+                for c in range(split):
+                    y = (x[n, p, c] - centre[c]) * factor[c] + offset[c]
+                    first[n, p, c] = _code(y / (scale_1 + scale_1 * _exp_negative(y)), zero_1, top_1)
+                for c in range(split, channels):
+                    y = (x[n, p, c] - centre[c]) * factor[c] + offset[c]
+                    second[n, p, c - split] = _code(y / (scale_2 + scale_2 * _exp_negative(y)), zero_2, top_2)
+            else:
+                for c in range(split):
+                    first[n, p, c] = _code(((x[n, p, c] - centre[c]) * factor[c] + offset[c]) / scale_1, zero_1, top_1)
+                for c in range(split, channels):
+                    second[n, p, c - split] = _code(((x[n, p, c] - centre[c]) * factor[c] + offset[c]) / scale_2, zero_2, top_2)
+
+
+def add_window_sums(codes, zero, window, factor, fresh, total):
+    """total[n, y, x, o] = or += factor[o] Σ (code − zero) over the window at (y, x) and the channels, zeros around it.
+
+    codes (N, H, W, C); window int64 (2, 4): kernel, stride, padding, dilation of rows and of columns; total (N, h, w, O).
+    """
+    count, height, width, channels = codes.shape
+    rows, columns, outputs = total.shape[1:]
+    sums = np.empty((count, height, width), np.int32)
+    for i in prange(count * height):
+        n, y = i // height, i % height
+        for x in range(width):
+            s = np.int32(0)
+            for c in range(channels):
+                s += np.int32(codes[n, y, x, c])
+            sums[n, y, x] = s - np.int32(zero * channels)
+    for i in prange(count * rows):
+        n, y = i // rows, i % rows
+        for x in range(columns):
+            s = 0
+            for a in range(window[0, 0]):
+                v = y * window[0, 1] - window[0, 2] + a * window[0, 3]
+                if 0 <= v < height:
+                    for b in range(window[1, 0]):
+                        u = x * window[1, 1] - window[1, 2] + b * window[1, 3]
+                        if 0 <= u < width:
+                            s += sums[n, v, u]
+            value = F(s)
+            if fresh:
+                for o in range(outputs):
+                    total[n, y, x, o] = value * factor[o]
+            else:
+                for o in range(outputs):
+                    total[n, y, x, o] += value * factor[o]
+
+
+SIGNATURES = {
+    quantize_flat: "void(f4[::1], f4, f4, f4, u1[::1])",
+    quantize_rows: "void(f4[:, ::1], i8, f4, f4, f4, u1[:, ::1])",
+    norm_quantize: "void(f4[:, :, ::1], f4[:, ::1], f4[::1], f4[::1], i8, f8, b1, i8, f4[:, ::1], u1[:, :, ::1], u1[:, :, ::1])",
+    add_window_sums: "void(u1[:, :, :, ::1], i8, i8[:, ::1], f4[::1], b1, f4[:, :, :, ::1])",
+}
+
+
+def compile_all(cache: bool) -> SimpleNamespace:
+    """Compile the passes, or read them from numba's cache; raises RuntimeError or OSError where there is none."""
+    wrapped = {}
+    for function, signature in SIGNATURES.items():
+        wrapped[function.__name__] = njit(signature, parallel=True, nogil=True, fastmath=FAST, cache=cache)(function)
+    return SimpleNamespace(**wrapped, numba=numba)

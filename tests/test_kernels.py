@@ -103,13 +103,13 @@ def case(seed: int) -> tuple[nn.Module, QuantizedLayer, Tensor]:
     rng, pick = torch.Generator().manual_seed(seed), random.Random(seed)
     style = pick.choice(["symmetric", "asymmetric", "positive", "constant"])
     bits, act_bits = pick.choice([2, 3, 4, 5, 6, 7, 8, 8, 8]), pick.choice([6, 8, 8])
-    zeros = tuple(pick.choice([0, 3, 64, 128, 255, -40, 300, -1000]) for _ in range(2))
+    zeros = tuple(pick.choice([0, 3, 64, 128, 255, -40, 300, -1000, 16384]) for _ in range(2))
     kind = pick.choice(["conv2d", "conv2d", "conv2d", "conv1d", "linear"])
     bias = pick.random() < 0.7
     if kind == "linear":
         inputs, outputs = pick.choice([1, 7, 33, 64]), pick.choice([1, 5, 19, 32])
         module: nn.Module = nn.Linear(inputs, outputs, bias)
-        shape = pick.choice([(1,), (5,), (2, 3), (2, 1, 3), ()]) + (inputs,)
+        shape = (*pick.choice([(1,), (5,), (2, 3), (2, 1, 3), ()]), inputs)
         groups = 1
     else:
         groups = pick.choice([1, 1, 1, 2, 4, "depthwise"])
@@ -165,3 +165,26 @@ def test_onednn_is_the_reference(seed: int) -> None:
         assert found.dtype == x.dtype
         assert distance(found, exact, size) < 1e-6
         assert distance(reference(x, step), found.double(), size) < 2e-6
+
+
+@needs_onednn
+@pytest.mark.parametrize("zero", [16384, -16384, 7000])
+@torch.no_grad()
+def test_sums_do_not_wrap(zero: int) -> None:
+    """(255 + 16384)·127·2304 is beyond int32."""
+    rng = torch.Generator().manual_seed(0)
+    for module, shape in (
+        (nn.Conv2d(256, 4, 3, padding=1), (2, 256, 5, 5)),
+        (nn.Conv1d(1024, 4, 3, padding=1), (2, 1024, 5)),
+        (nn.Linear(2304, 4), (2, 3, 2304)),
+    ):
+        layer = layer_for(module, rng, style="positive", zeros=(zero, 5))
+        x = torch.rand(shape, generator=rng) * 5 - zero * 0.021
+        op = onednn.build(module, layer)
+        for step in (0, 1):
+            exact, size = emulate(module, layer, x, step, [part.moved for part in op.parts])
+            assert distance(op(x, step), exact, size) < 1e-6
+            codes = op.quantize(x, step)
+            total = torch.ones_like(op.from_codes(codes, step))
+            op.from_codes(codes, step, total)
+            assert distance(total.reshape(exact.shape), exact + 1, size + 1) < 1e-6

@@ -125,7 +125,9 @@ def norm_quantize(x, shift, weight, bias, groups, eps, silu, size, spans, first,
                 for c in range(split):
                     first[n, p, c] = _code(((x[n, p, c] - centre[c]) * factor[c] + offset[c]) / scale_1, zero_1, top_1)
                 for c in range(split, channels):
-                    second[n, p, c - split] = _code(((x[n, p, c] - centre[c]) * factor[c] + offset[c]) / scale_2, zero_2, top_2)
+                    second[n, p, c - split] = _code(
+                        ((x[n, p, c] - centre[c]) * factor[c] + offset[c]) / scale_2, zero_2, top_2
+                    )
 
 
 def add_window_sums(codes, zero, window, factor, fresh, total):

@@ -73,9 +73,7 @@ def norm_silu_quantize(
     return _norm_numba(passes, x, groups, weight, bias, eps, spans, shift, silu)
 
 
-def add_window_sums(
-    codes: Tensor, zero: int, window: Tensor, factor: Tensor, total: Tensor, fresh: bool
-) -> bool:
+def add_window_sums(codes: Tensor, zero: int, window: Tensor, factor: Tensor, total: Tensor, fresh: bool) -> bool:
     """total[n, y, x, o] = (`fresh`) or += factor[o] Σ (code − zero) over the window at (y, x) and the channels.
 
     codes: uint8 (N, H, W, C), contiguous; window: int64 (2, 4), for rows and columns: kernel, stride, padding (by true

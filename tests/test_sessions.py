@@ -154,6 +154,22 @@ def test_summary(pipe: DiffusionPipeline) -> None:
     assert not iec.summary(pipe).enabled
 
 
+def test_a_session_that_has_ended_tells_its_last_run(pipe: DiffusionPipeline) -> None:
+    with iec.enable(pipe, **PLAN) as session:
+        found = run(DDIM, pipe)
+        during = session.summary()
+    ended = session.summary()
+    assert ended == dataclasses.replace(during, enabled=False) and ended.evaluations == found.evaluations
+    assert str(ended).splitlines()[0] == "IEC on DDIMPipeline (DDIMScheduler), switched off since"
+    assert str(ended).splitlines()[1:] == str(during).splitlines()[1:]
+    with iec.enable(pipe, steps="none"):  # what comes later is not its own
+        run(DDIM, pipe, num_inference_steps=3)
+    assert session.summary() == ended and session.evaluations == found.evaluations
+    with iec.enable(pipe, **PLAN) as unused:
+        pass
+    assert str(unused.summary()) == "IEC is not enabled on this DDIMPipeline." and unused.evaluations == 0
+
+
 def test_residuals_are_those_of_the_method(pipe: DiffusionPipeline) -> None:
     """The residual of the first correction: ‖y' − y‖ / ‖y‖, averaged over the batch."""
     iec.enable(pipe, steps="first:1", relax=(1.0,))

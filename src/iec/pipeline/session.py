@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from iec.pipeline.caching import cached
 from iec.pipeline.installation import Installation, installation, installed, switching
+from iec.pipeline.quantizing import quantized
 from iec.pipeline.summary import Summary
 from iec.plan import CorrectionPlan, Relaxation, StepClock, resolve_relaxation, spell
 from iec.schedule.scheduler import IECScheduler
@@ -17,6 +19,7 @@ class Session:
 
     def __init__(self, held: Installation, steps: str | CorrectionPlan | None, relaxation: Relaxation) -> None:
         self.held, self.steps, self.relaxation = held, steps, relaxation
+        self._ended: Summary | None = None  # what there was to tell when the session ended
         held.state.configure(steps, relaxation)
 
     @property
@@ -37,6 +40,8 @@ class Session:
     @property
     def evaluations(self) -> int | None:
         """Denoiser forwards of the last run; None when a denoiser was assigned to the pipeline since `iec.enable`."""
+        if self._ended is not None and self._ended.num_steps is not None:
+            return self._ended.evaluations
         for name, gate in self.held.gates.items():
             model = getattr(self.pipe, name, None)
             if getattr(model, "_orig_mod", model) is not getattr(gate.module, "_orig_mod", gate.module):
@@ -49,7 +54,9 @@ class Session:
         return installed(self.pipe) is self.held and self.held.in_place and self in self.held.parts
 
     def summary(self) -> Summary:
-        """What is corrected, and what the last run did."""
+        """What is corrected, and what the last run did; of a session that has ended, what its last run did."""
+        if self._ended is not None:
+            return self._ended
         state = self.held.state
         spec = state.steps if state.steps is not None else "default"
         about = {
@@ -59,7 +66,7 @@ class Session:
             "relax": state.relaxation.factors,
             "tol": state.relaxation.tol,
             "enabled": self.active,
-            **_cache(self.held),
+            **_beside(self.held),
         }
         run = state.last_run
         if run is None or not run.visits:
@@ -87,6 +94,7 @@ class Session:
 
     def remove(self) -> None:
         """Leave the scheduler without corrections; `Installation.drop` calls it."""
+        self._ended = dataclasses.replace(self.summary(), enabled=False)
         self.held.state.configure("none", self.relaxation)
 
     def __enter__(self) -> Session:
@@ -153,18 +161,19 @@ def summary(pipe: Any) -> Summary:
             (),
             None,
             enabled=False,
-            **_cache(installed(pipe)),
+            **_beside(installed(pipe)),
         )
     return session.summary()
 
 
-def _cache(held: Installation | None) -> dict[str, Any]:
-    """What a summary says of the cache of an installation."""
-    caching = cached(held)
-    if caching is None:
-        return {}
-    refreshed, reused = caching.counts() or (None, None)
-    return {"cache": repr(caching.config), "refreshed": refreshed, "reused": reused}
+def _beside(held: Installation | None) -> dict[str, Any]:
+    """What a summary says of the quantization and the cache of an installation."""
+    quantizing, caching = quantized(held), cached(held)
+    told: dict[str, Any] = {} if quantizing is None else {"quant": quantizing.describe()}
+    if caching is not None:
+        refreshed, reused = caching.counts() or (None, None)
+        told |= {"cache": repr(caching.config), "refreshed": refreshed, "reused": reused}
+    return told
 
 
 def _session(held: Installation | None) -> Session | None:

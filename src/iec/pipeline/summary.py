@@ -10,11 +10,12 @@ from typing import Any
 class Summary:
     """The state of IEC on a pipeline, and its last run.
 
-    `num_steps`, `steps` and all that follows are None or empty before the first run. `evaluations` counts denoiser forwards;
+    `num_steps`, `steps` and all that follows are None or empty before the first run; where IEC has been switched off since,
+    they tell its last run, and `enabled` is False. `evaluations` counts denoiser forwards;
     `spared` those that convergence saved. `residuals` maps a step to the relative residual of each of its corrections,
     averaged over the batch. `cache` describes the cache on the pipeline, of whose evaluations `refreshed` were whole passes
-    (corrections among them) and `reused` were not; all three are None without one. Seconds are wall
-    time from the first to the last step.
+    (corrections among them) and `reused` were not; all three are None without one. `quant` describes the quantization on
+    the pipeline, None without one. Seconds are wall time from the first to the last step.
     """
 
     pipeline: str
@@ -34,20 +35,21 @@ class Summary:
     cache: str | None = None
     refreshed: int | None = None
     reused: int | None = None
+    quant: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
-        if not self.enabled:
-            return "\n".join([f"IEC is not enabled on this {self.pipeline}.", *self._cached()])
+        if not self.enabled and self.num_steps is None:
+            return "\n".join([f"IEC is not enabled on this {self.pipeline}.", *self._beside()])
         relax = ", ".join(f"{factor:g}" for factor in self.relax)
         tol = "none" if self.tol is None else f"{self.tol:g}"
         lines = [
-            f"IEC on {self.pipeline} ({self.scheduler})",
+            f"IEC on {self.pipeline} ({self.scheduler}){'' if self.enabled else ', switched off since'}",
             f"  plan         steps={self.spec}  relax=({relax})  tol={tol}",
-            *self._cached(),
+            *self._beside(),
         ]
         if self.num_steps is None or self.seconds is None or self.correction_seconds is None:
             return "\n".join([*lines, "  last run     none yet"])
@@ -66,11 +68,13 @@ class Summary:
                 lines.append(f"  residuals    {', '.join(ends)}, largest {max(values):.1e}")
         return "\n".join(lines)
 
-    def _cached(self) -> list[str]:
-        if self.cache is None:
-            return []
-        counts = "" if self.refreshed is None else f": {self.refreshed} whole passes, {self.reused} reused"
-        return [f"  cache        {self.cache}{counts}"]
+    def _beside(self) -> list[str]:
+        """What else is on the pipeline: a quantization, a cache."""
+        lines = [] if self.quant is None else [f"  quant        {self.quant}"]
+        if self.cache is not None:
+            counts = "" if self.refreshed is None else f": {self.refreshed} whole passes, {self.reused} reused"
+            lines.append(f"  cache        {self.cache}{counts}")
+        return lines
 
 
 def _numbers(values: tuple[float, ...]) -> str:

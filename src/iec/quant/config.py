@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -48,7 +48,7 @@ class QuantConfig:
     momentum: float = 0.9
     split: bool = True
     products: bool = True
-    layers: tuple[str, ...] | Callable[[str, nn.Module], bool] = ("*",)
+    layers: str | Sequence[str] | Callable[[str, nn.Module], bool] = ("*",)
 
     def __post_init__(self) -> None:
         for bits in (self.weight_bits, self.act_bits, self.edge_bits, self.softmax_bits):

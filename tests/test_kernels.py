@@ -188,3 +188,30 @@ def test_sums_do_not_wrap(zero: int) -> None:
             total = torch.ones_like(op.from_codes(codes, step))
             op.from_codes(codes, step, total)
             assert distance(total.reshape(exact.shape), exact + 1, size + 1) < 1e-6
+
+
+# --- cuda -------------------------------------------------------------------------------------------------------------
+
+
+def check_cuda(op: Any, module: nn.Module, layer: QuantizedLayer, x: Tensor) -> None:
+    moved = [part.moved.cpu() * part.scale.cpu() for part in op.parts]
+    for step in (0, 1):
+        exact, size = emulate(module, layer, x.cpu(), step, moved)
+        assert distance(op(x, step).cpu(), exact, size) < 1e-6
+
+
+@pytest.mark.parametrize("seed", range(80))
+@torch.no_grad()
+def test_the_arithmetic_of_cuda(seed: int) -> None:
+    """Its formula with the windows written out, on the CPU."""
+    module, layer, x = case(seed)
+    check_cuda(KERNELS["cuda"].build(module, layer), module, layer, x)
+
+
+@needs_cuda
+@pytest.mark.parametrize("seed", range(80))
+@torch.no_grad()
+def test_cuda_is_the_reference(seed: int) -> None:
+    module, layer, x = case(seed)
+    op = KERNELS["cuda"].build(module.cuda(), layer)
+    check_cuda(op, module.cpu(), layer, x.cuda())

@@ -179,3 +179,13 @@ def centred(part: LayerPart) -> Tensor:
     """The weight's codes less their zero point, int32 (out, in/groups, *kernel)."""
     codes = part.weight.codes
     return codes.int() - part.weight.zero.int().reshape(-1, *(1,) * (codes.dim() - 1))
+
+
+def fit_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Move each output channel of centred codes into −128..127: (weight − k as int8, k int32 (out,), mostly 0).
+
+    Codes span at most 255, so there is always such a k; the smallest one is taken.
+    """
+    low, high = weight.flatten(1).amin(1), weight.flatten(1).amax(1)
+    moved = (high - 127).clamp(min=0) + (low + 128).clamp(max=0)  # at most one of the two is not 0
+    return (weight - moved.reshape(-1, *(1,) * (weight.dim() - 1))).to(torch.int8), moved

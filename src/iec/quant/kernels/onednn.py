@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from iec.artifact.calibration import LayerPart, QuantizedLayer
 from iec.quant.kernels import passes
-from iec.quant.kernels.geometry import Geometry, Steps, bias_of, centred, describe
+from iec.quant.kernels.geometry import Geometry, Steps, bias_of, centred, describe, fit_int8
 
 NEEDED = {
     # the arguments that are passed by position, in the order that this file passes them
@@ -49,10 +49,7 @@ class OnednnPart:
     def __init__(self, at: Geometry, part: LayerPart) -> None:
         self.at, self.begin, self.end = at, part.begin, part.end
         self.steps = Steps(part)
-        weight = centred(part).cpu()
-        low, high = weight.flatten(1).amin(1), weight.flatten(1).amax(1)
-        moved = (high - 127).clamp(min=0) + (low + 128).clamp(max=0)  # at most one of the two is not 0
-        weight = (weight - moved.reshape(-1, *(1,) * (weight.dim() - 1))).to(torch.int8)
+        weight, moved = fit_int8(centred(part).cpu())
         self.scale = part.weight.scale.detach().float().cpu().contiguous()
         self.zeros = torch.zeros(at.outputs, dtype=torch.int8)
         limit = (2**31 - 1) // max(int(weight.flatten(1).abs().sum(1, dtype=torch.int64).max()), 1) - 255

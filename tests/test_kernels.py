@@ -1,8 +1,11 @@
-"""The kernels of quantized layers: `reference` against float64, `onednn` against `reference`, the passes around them."""
+"""The kernels of quantized layers: `reference` against float64, `onednn` and `cuda` against it."""
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -11,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from iec.artifact.calibration import LayerPart, QuantizedLayer, StepTable, WeightCodes
-from iec.core import affine
 from iec.quant.kernels import KERNELS, choose
 
 CPU = torch.device("cpu")
@@ -188,6 +190,202 @@ def test_sums_do_not_wrap(zero: int) -> None:
             total = torch.ones_like(op.from_codes(codes, step))
             op.from_codes(codes, step, total)
             assert distance(total.reshape(exact.shape), exact + 1, size + 1) < 1e-6
+
+
+# --- onednn in two halves ---------------------------------------------------------------------------------------------
+
+
+@needs_onednn
+@pytest.mark.parametrize("seed", range(30))
+@torch.no_grad()
+def test_codes_and_sums(seed: int) -> None:
+    """`from_codes(quantize(x))` is the op; it adds to a given tensor in place, with or without the bias."""
+    module, layer, x = case(seed)
+    op = onednn.build(module, layer)
+    moved = [part.moved for part in op.parts]
+    codes = op.quantize(x, 1)
+    assert all(part.dtype == torch.uint8 for part in codes)
+    if layer.kind != "linear":
+        assert all(part.is_contiguous(memory_format=torch.channels_last) for part in codes)
+    found = op.from_codes(codes, 1)
+    assert torch.equal(found.reshape(op(x, 1).shape), op(x, 1))
+    exact, size = emulate(module, layer, x, 1, moved)
+    total = torch.randn_like(found)
+    before = total.clone().reshape(exact.shape)
+    back = op.from_codes(codes, 1, total)
+    assert back.data_ptr() == total.data_ptr()
+    assert distance(total.reshape(exact.shape), exact + before, size + before.abs()) < 1e-6
+    if module.bias is not None:
+        bias = module.bias.detach().reshape(-1, *(1,) * (module.weight.dim() - 2))
+        bare = op.from_codes(codes, 1, bias=False).reshape(exact.shape)
+        assert distance(bare + bias, exact, size) < 1e-6
+
+
+@needs_onednn
+@torch.no_grad()
+def test_a_wrong_accumulator_is_refused() -> None:
+    module, rng = nn.Conv2d(4, 6, 1), torch.Generator().manual_seed(0)
+    op = onednn.build(module, layer_for(module, rng))
+    codes = op.quantize(torch.randn(2, 4, 5, 5), 0)
+    for total in (torch.zeros(2, 6, 5, 5), torch.zeros(2, 6, 5, 5, dtype=torch.bfloat16)):
+        with pytest.raises(ValueError, match="accumulate"):
+            op.from_codes(codes, 0, total)
+
+
+@pytest.mark.parametrize("name", ["reference", pytest.param("onednn", marks=needs_onednn), "cuda"])
+class TestEveryKernel:
+    def build(self, name: str, module: nn.Module, **options: Any) -> tuple[Any, QuantizedLayer]:
+        layer = layer_for(module, torch.Generator().manual_seed(0), **options)
+        return KERNELS[name].build(module, layer), layer
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+    @pytest.mark.parametrize("style", ["symmetric", "asymmetric"])
+    @torch.no_grad()
+    def test_keeps_the_dtype(self, name: str, dtype: torch.dtype, style: str) -> None:
+        digits = {torch.bfloat16: 2**-8, torch.float16: 2**-10, torch.float64: 2e-6}[dtype]
+        for module, x in (
+            (nn.Conv2d(8, 6, 3, padding=1), torch.randn(2, 8, 5, 5)),
+            (nn.Linear(8, 6), torch.randn(3, 8)),
+        ):
+            op, layer = self.build(name, module, style=style)
+            x = x.to(dtype)
+            exact, size = emulate(module, layer, x.float(), 0)
+            assert op(x, 0).dtype == dtype
+            assert distance(op(x, 0), exact, size) < digits
+
+    @torch.no_grad()
+    def test_uses_the_scales_of_the_step(self, name: str) -> None:
+        module = nn.Conv2d(4, 4, 3)
+        op, layer = self.build(name, module, scales=(0.02, 0.2, 0.01), zeros=(3, 100, 255))
+        x = torch.randn(2, 4, 6, 6)
+        for step in (2, 0, 1, 1, 0):  # in any order, as often as one likes
+            exact, size = emulate(module, layer, x, step)
+            assert distance(op(x, step), exact, size) < 2e-6
+        for step in (3, -1):
+            with pytest.raises(IndexError, match="3 steps"):
+                op(x, step)
+
+    @torch.no_grad()
+    def test_no_samples(self, name: str) -> None:
+        for module, shape in (
+            (nn.Conv2d(4, 6, 3, stride=2, padding=1), (0, 4, 7, 9)),
+            (nn.Conv1d(4, 6, 3, padding="same"), (0, 4, 9)),
+            (nn.Linear(4, 6), (0, 4)),
+        ):
+            x = torch.zeros(shape)
+            assert self.build(name, module)[0](x, 0).shape == module(x).shape
+
+    @torch.no_grad()
+    def test_without_a_batch_dimension(self, name: str) -> None:
+        for module, shape in ((nn.Conv2d(4, 6, 3), (4, 7, 9)), (nn.Conv1d(4, 6, 3), (4, 9)), (nn.Linear(4, 6), (4,))):
+            x = torch.randn(shape)
+            op = self.build(name, module)[0]
+            assert op(x, 0).shape == module(x).shape
+            torch.testing.assert_close(op(x, 0), op(x.unsqueeze(0), 0).squeeze(0))
+
+    @torch.no_grad()
+    def test_refuses_other_inputs(self, name: str) -> None:
+        op = self.build(name, nn.Conv2d(4, 6, 3))[0]
+        with pytest.raises(ValueError, match=r"\(N, 4, H, W\)"):
+            op(torch.randn(2, 5, 7, 7), 0)
+        with pytest.raises(TypeError, match=r"int64"):
+            op(torch.zeros(2, 4, 7, 7, dtype=torch.int64), 0)
+        with pytest.raises(ValueError, match=r"\(…, 4\)"):
+            self.build(name, nn.Linear(4, 6))[0](torch.randn(2, 5), 0)
+
+    def test_refuses_layers_that_do_not_fit(self, name: str) -> None:
+        layer = layer_for(nn.Conv2d(4, 6, 3), torch.Generator().manual_seed(0))
+        for module, kind, said in (
+            (nn.Conv2d(8, 6, 3), ValueError, "tile its 8"),
+            (nn.Conv2d(4, 6, 1), ValueError, "weight codes"),
+            (nn.Linear(4, 6), ValueError, "conv2d where the model has a linear"),
+            (nn.ConvTranspose2d(4, 6, 3), TypeError, "ConvTranspose2d"),
+        ):
+            with pytest.raises(kind, match=said):
+                KERNELS[name].build(module, layer)
+
+    def test_gradients_flow_or_are_refused(self, name: str) -> None:
+        op = self.build(name, nn.Linear(4, 6))[0]
+        x = torch.randn(3, 4, requires_grad=True)
+        if name == "reference":
+            op(x, 0).sum().backward()
+            assert x.grad is not None and x.grad.abs().sum() > 0
+            return
+        with pytest.raises(RuntimeError, match="reference"):
+            op(x, 0)
+        with torch.no_grad():
+            assert not op(x, 0).requires_grad
+
+    @torch.no_grad()
+    def test_uses_the_reconstructed_bias_and_not_the_module(self, name: str) -> None:
+        module, x = nn.Linear(4, 6), torch.randn(3, 4)
+        layer = layer_for(module, torch.Generator().manual_seed(0))
+        learned = QuantizedLayer("linear", layer.parts, torch.arange(6.0))
+        plain, op = KERNELS[name].build(module, layer), KERNELS[name].build(module, learned)
+        expected = op(x, 0)
+        torch.testing.assert_close(expected, plain(x, 0) - module.bias + torch.arange(6.0))
+        module.weight.zero_()
+        module.bias.zero_()
+        assert torch.equal(op(x, 0), expected)
+
+
+@needs_onednn
+@pytest.mark.parametrize("style", ["symmetric", "asymmetric"])
+def test_no_float_weight_is_kept(style: str) -> None:
+    """Neither floats nor codes: oneDNN's packed int8 is all that is as large as the weight."""
+    module = nn.Conv2d(64, 64, 3)
+    op = onednn.build(module, layer_for(module, torch.Generator().manual_seed(0), style=style))
+    held = [value for part in op.parts for value in vars(part).values() if isinstance(value, Tensor)]
+    held += [value for value in vars(op).values() if isinstance(value, Tensor)]
+    assert [value.dtype for value in held if value.numel() >= 64 * 9] == [torch.int8] * (1 + (style == "asymmetric"))
+    assert sum(value.numel() * value.element_size() for value in held) < 1.1 * 64 * 64 * 9
+
+
+# --- choosing ---------------------------------------------------------------------------------------------------------
+
+
+def test_auto_takes_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(onednn), "why_not", lambda self, device: None)
+    assert choose("auto", "cpu").name == "onednn"
+    assert choose("reference", "cpu").name == "reference"
+    assert choose("auto", torch.device("meta")).name == "reference"
+    monkeypatch.setattr(type(onednn), "why_not", lambda self, device: "it is Sunday")
+    assert choose("auto", "cpu").name == "reference"
+
+
+def test_a_named_kernel_that_cannot_run_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(onednn), "why_not", lambda self, device: "it is Sunday")
+    with pytest.raises(RuntimeError, match=r"'onednn' cannot run here: it is Sunday; use kernel='reference'"):
+        choose("onednn", "cpu")
+    with pytest.raises(RuntimeError, match=r"CUDA devices and the model is on cpu; use kernel='reference'"):
+        choose("cuda", "cpu")
+    with pytest.raises(ValueError, match="'openvino'; expected 'auto' or one of 'reference', 'onednn', 'cuda'"):
+        choose("openvino", "cpu")
+
+
+def test_onednn_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from iec.quant.kernels import onednn as file
+
+    assert "CPU" in str(onednn.why_not(torch.device("cuda")))
+    file._missing.cache_clear()
+    monkeypatch.setitem(file.NEEDED, "qconv_prepack.default", "weight")
+    assert "another torch.ops.onednn.qconv_prepack" in str(onednn.why_not(CPU))
+    file._missing.cache_clear()
+    monkeypatch.setitem(file.NEEDED, "qconv9d_prepack.default", "weight")
+    monkeypatch.delitem(file.NEEDED, "qconv_prepack.default")
+    assert "has no torch.ops.onednn.qconv9d_prepack" in str(onednn.why_not(CPU))
+    file._missing.cache_clear()
+
+
+@needs_onednn
+def test_a_processor_that_saturates_is_refused() -> None:
+    """oneDNN without VNNI: 255·127 + 255·127 is 32767 there."""
+    code = (
+        "import torch; from iec.quant.kernels import choose; print(choose('auto', 'cpu').name, choose('onednn', 'cpu'))"
+    )
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert "no VNNI" in done.stderr and "use kernel='reference'" in done.stderr
 
 
 # --- cuda -------------------------------------------------------------------------------------------------------------

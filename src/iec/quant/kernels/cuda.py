@@ -1,7 +1,8 @@
 """Integer convolutions and products on CUDA devices. NOT YET RUN ON A GPU.
 
-What has been run is this file on the CPU, where `torch._int_mm` exists too, against `reference`; and the Triton kernel in
-Triton's interpreter. Compiling it for a device, and how fast it is there, remain to be seen.
+What has been run: this file on the CPU, where `torch._int_mm` exists too, against `reference`; the Triton kernel in Triton's
+interpreter, against the same; and Triton 3.7's compiler for compute capability 8.0 and 9.0 (it makes int8 tensor core
+instructions of it). That it runs on a device, and how fast, remains to be seen.
 
 Linear layers and 1×1 convolutions are one `torch._int_mm`; other convolutions are an implicit matrix product in Triton
 (`triton_conv`) or, without Triton, a matrix product of the windows written out.
@@ -30,7 +31,7 @@ from torch.nn import functional as F
 from iec.artifact.calibration import LayerPart, QuantizedLayer
 from iec.quant.kernels.geometry import Geometry, Steps, bias_of, centred, describe, fit_int8
 
-OLDEST = (7, 5)  # compute capability of the first tensor cores for int8
+OLDEST = (8, 0)  # compute capability; Triton 3.7 does not compile int8 products for 7.5
 
 
 def int_product(a: Tensor, weight: Tensor) -> Tensor:
@@ -218,7 +219,7 @@ class Cuda:
             return f"torch {torch.__version__} sees no CUDA device"
         capability = torch.cuda.get_device_capability(device)
         if capability < OLDEST:
-            return f"the device has compute capability {capability[0]}.{capability[1]}; int8 needs 7.5"
+            return f"the device has compute capability {capability[0]}.{capability[1]}; the kernel needs 8.0"
         if not hasattr(torch, "_int_mm"):
             return f"torch {torch.__version__} has no torch._int_mm"
         return None

@@ -11,8 +11,8 @@ Sums are int32 and wrap. Where (255 + |z_x|) Σ |w| could reach 2³¹ (z_x in th
 one sign) the zero point is cut to what fits, and the rest of it, a constant image, is convolved by itself and added.
 
 The numbers are those of `reference`, given equal codes, but for float32 roundings in the output: at most 1e-6 of
-Σ |x̂| (|ŵ| + |k d_w|) + |b|. Codes are bit for bit those of `iec.core.affine.quantize`. A NaN in the input becomes some code: it does
-not come out as a NaN.
+Σ |x̂| (|ŵ| + |k d_w|) + |b|. Codes are bit for bit those of `iec.core.affine.quantize`. A NaN in the input becomes
+code 0: it does not come out as a NaN.
 """
 
 from __future__ import annotations

@@ -110,24 +110,51 @@ def by_hand(model: nn.Module, made: Calibration, prefix: str, step: Callable[[],
             hook.remove()
 
 
+WATCHING: list[Times] = []  # whose hooks a test has to take off again
+
+
 class Times:
-    """The step that a model is evaluated at, from nothing but the timestep that it is called with."""
+    """The step that a model is evaluated at, from nothing but the timestep that it is called with. Also counts its calls."""
 
     def __init__(self, model: nn.Module, timesteps: tuple[float, ...]) -> None:
-        self.timesteps, self.step = timesteps, -1
+        divided = type(model).__name__ == "FluxTransformer2DModel"  # its pipelines hand it t / 1000
+        self.timesteps = tuple(t / 1000 for t in timesteps) if divided else timesteps
+        self.step, self.calls = -1, 0
         self.handle = model.register_forward_pre_hook(self._called, with_kwargs=True)
+        WATCHING.append(self)
 
     def _called(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = float(torch.as_tensor(args[1] if len(args) > 1 else kwargs["timestep"]).flatten()[0])
+        self.calls += 1
         self.step = min(range(len(self.timesteps)), key=lambda index: abs(self.timesteps[index] - given))
 
     def __call__(self) -> int:
         return self.step
 
+    def counted(self) -> int:
+        """The step that someone who counts the calls takes it for."""
+        return (self.calls - 1) % len(self.timesteps)
+
+
+def calls(model: nn.Module, evaluate: Callable[[], Any]) -> int:
+    """How often `evaluate` calls layers of `model` that can be quantized. Some models call one twice in an evaluation."""
+    count = [0]
+
+    def called(*_: Any) -> None:
+        count[0] += 1
+
+    layers = [part for part in model.modules() if isinstance(part, (nn.Conv2d, nn.Linear))]
+    hooks = [layer.register_forward_hook(called) for layer in layers]
+    evaluate()
+    for hook in hooks:
+        hook.remove()
+    return count[0]
+
 
 def state(pipe: Any) -> dict[str, Any]:
     """What of a pipeline calibration and quantization could leave changed: compare with ==."""
-    told: dict[str, Any] = {"pipe": sorted(vars(pipe)), "scheduler": id(pipe.scheduler)}
+    ours = [key for key in vars(pipe) if key in ("_iec", "get_timesteps")]  # what a run leaves of its own is not asked
+    told: dict[str, Any] = {"pipe": ours, "scheduler": id(pipe.scheduler)}
     for component, model in pipe.components.items():
         if not isinstance(model, nn.Module):
             continue

@@ -22,11 +22,11 @@ def origin(
 ) -> Origin:
     """The origin of a calibration made on `pipe` as it is now, sampled at `timesteps`.
 
-    Raises TypeError or ValueError when its weights cannot be read.
+    Raises TypeError for what is no pipeline, TypeError or ValueError when its weights cannot be read.
     """
+    models = denoisers(pipe)
     held = installed(pipe)
     scheduler = pipe.scheduler if held is None else held.state.inner
-    models = denoisers(pipe)
     return Origin(
         pipeline=type(pipe).__name__,
         denoisers={name: type(model).__name__ for name, model in models.items()},

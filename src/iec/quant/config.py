@@ -31,6 +31,8 @@ class QuantConfig:
         momentum: what an activation's scale keeps of itself when a further calibration batch comes.
         split: give the two halves of a concatenation with a skip connection quantizers of their own.
         products: quantize the operands of the attention products (query, key, probabilities, value).
+        bias_correction: "last", "all" or "none": the layers whose bias takes up what rounding does to their mean output (see
+            `iec.quant.bias`). The paper's code has none.
         layers: which layers: glob patterns on their names ("down_blocks.*"), "!" before one excludes, the last match wins; or
             a function (name, module) → bool. By default all convolutions and linear layers.
 
@@ -48,6 +50,7 @@ class QuantConfig:
     momentum: float = 0.9
     split: bool = True
     products: bool = True
+    bias_correction: Literal["last", "all", "none"] = "last"
     layers: str | Sequence[str] | Callable[[str, nn.Module], bool] = ("*",)
 
     def __post_init__(self) -> None:
@@ -59,6 +62,8 @@ class QuantConfig:
             raise ValueError(f"weight_scheme is {self.weight_scheme!r}, expected auto, asymmetric or symmetric")
         if self.act_scheme not in ("asymmetric", "symmetric"):
             raise ValueError(f"act_scheme is {self.act_scheme!r}, expected asymmetric or symmetric")
+        if self.bias_correction not in ("last", "all", "none"):
+            raise ValueError(f"bias_correction is {self.bias_correction!r}, expected last, all or none")
         if not 0.0 <= self.momentum < 1.0:
             raise ValueError(f"momentum is {self.momentum!r}, expected 0 (the last batch alone) up to below 1")
         if isinstance(self.layers, str):

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from iec.artifact.calibration import Product, QuantizedLayer, StepTable
-from iec.core.affine import fake_quantize
 from iec.patch import replace_forward
 from iec.plan import StepClock
 from iec.quant.attention import PRODUCTS, QuantizedProducts, replace_processor
+from iec.quant.fused import fused_forwards
 from iec.quant.kernels import Kernel
 
 Op = Callable[[Tensor, int], Tensor]
@@ -53,6 +52,8 @@ class QuantizedModel:
         """Stand in for the forwards of the layers and for the processors of the attentions."""
         for name, module in self.modules.items():
             self._removers.append(replace_forward(module, self._forward(self.ops[name])))
+        for block, around in fused_forwards(self.model, self.ops, self.step).items():
+            self._removers.append(replace_forward(block, around))
         for name, of in self.products.items():
             processor = QuantizedProducts({product: self._rounded(rounded) for product, rounded in of.items()})
             self._removers.append(replace_processor(self.model.get_submodule(name), processor))
@@ -87,14 +88,10 @@ class RoundedProduct:
     """Rounds an operand of an attention product at a step; the product itself is computed in floating point."""
 
     def __init__(self, table: StepTable) -> None:
-        self.table = table
         self.scales, self.zeros = table.scale.tolist(), table.zero.tolist()
         self.last = 2**table.bits - 1
 
     def __call__(self, x: Tensor, step: int) -> Tensor:
+        # `iec.core.affine.fake_quantize` with the zero point moved into the limits, which is exact: small integers.
         scale, zero = self.scales[step], self.zeros[step]
-        if 0 <= zero <= self.last and x.dtype == torch.float32:  # one pass
-            return torch.fake_quantize_per_tensor_affine(x, scale, zero, 0, self.last)
-        return fake_quantize(
-            x, self.table.scale[step].to(x.device), self.table.zero[step].to(x.device), self.table.bits
-        )
+        return (x.float() / scale).round_().clamp_(-zero, self.last - zero).mul_(scale).to(x.dtype)

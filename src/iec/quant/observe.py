@@ -17,6 +17,7 @@ from iec.artifact.calibration import LayerPart, Product, QuantizedLayer, StepTab
 from iec.core.affine import fake_quantize, quantize, search
 from iec.patch import replace_forward
 from iec.quant.attention import PRODUCTS, QuantizedProducts, replace_processor
+from iec.quant.bias import MeanInput, corrected_bias
 from iec.quant.config import QuantConfig
 from iec.quant.sites import Site, Sites
 
@@ -74,6 +75,8 @@ class Observers:
             }
             for name in sites.attentions
         }
+        corrected = {"none": (), "last": [s for s in sites.layers if s.last], "all": sites.layers}
+        self.means = {site.name: MeanInput(site.parts[-1][1]) for site in corrected[config.bias_correction]}
         self._removers: list[Callable[[], None]] = []
 
     def install(self) -> None:
@@ -101,7 +104,10 @@ class Observers:
             search_(x.narrow(axis, begin, end - begin), self.step)
             for search_, (begin, end) in zip(searches, site.parts, strict=True)
         ]
-        return forward(pieces[0] if len(pieces) == 1 else torch.cat(pieces, axis))
+        rounded = pieces[0] if len(pieces) == 1 else torch.cat(pieces, axis)
+        if site.name in self.means:
+            self.means[site.name].add(x, rounded, axis)
+        return forward(rounded)
 
     def _processor(self, attn: nn.Module, searches: dict[Product, StepSearch]) -> Any:
         quantized = QuantizedProducts(
@@ -121,12 +127,17 @@ class Observers:
     def state(self) -> dict[str, Tensor]:
         """All that was learnt so far, for a checkpoint."""
         searches = list(self.searches().values())
-        return {key: torch.stack([getattr(s, key) for s in searches]) for key in ("scale", "zero", "seen")}
+        state = {key: torch.stack([getattr(s, key) for s in searches]) for key in ("scale", "zero", "seen")}
+        for name, mean in self.means.items():
+            state |= {f"{name}#sums": mean.sums.clone(), f"{name}#count": mean.count.clone()}
+        return state
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Continue from `state()` of observers of the same sites and steps."""
         for index, search_ in enumerate(self.searches().values()):
             search_.scale, search_.zero, search_.seen = (state[key][index].clone() for key in ("scale", "zero", "seen"))
+        for name, mean in self.means.items():
+            mean.sums, mean.count = state[f"{name}#sums"].clone(), state[f"{name}#count"].clone()
 
     def result(self) -> tuple[dict[str, QuantizedLayer], dict[str, dict[Product, StepTable]], dict[str, str]]:
         """Quantized layers and products by name, and why some layers have none."""
@@ -144,6 +155,7 @@ class Observers:
                     LayerPart(begin, end, weight, search_.table())
                     for (begin, end), weight, search_ in zip(site.parts, weights, searches, strict=True)
                 ),
+                self._bias(site, weights),
             )
         products = {
             name: {product: search_.table() for product, search_ in of.items()}
@@ -151,6 +163,11 @@ class Observers:
             if bool(of["query"].seen.any())
         }
         return layers, products, skipped
+
+    def _bias(self, site: Site, weights: list[WeightCodes]) -> Tensor | None:
+        if site.name not in self.means:
+            return None
+        return corrected_bias(site, torch.cat([dequantized(weight) for weight in weights], 1), self.means[site.name])
 
 
 class _Switching:

@@ -20,7 +20,7 @@ LAST = ("conv_out", "proj_out_2", "proj_out")
 
 @dataclass(frozen=True)
 class Site:
-    """A layer to quantize: `parts` are ranges of its input channels, one, or two for a split layer."""
+    """A layer to quantize: `parts` are ranges of its input channels, one, or two for a split layer; `last`: gives the output."""
 
     name: str
     module: nn.Module
@@ -28,6 +28,7 @@ class Site:
     parts: tuple[tuple[int, int], ...]
     weight_bits: int
     act_bits: int
+    last: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def find(model: nn.Module, config: QuantConfig, prefix: str = "unet") -> Sites:
     skipped: dict[str, str] = {}
     cuts = splits(model) if config.split else {}
     found = {name: module for name, module in model.named_modules() if isinstance(module, tuple(KINDS))}
-    edges = _edges(list(found))
+    first, last = _edges(list(found))
     for name, module in found.items():
         full = f"{prefix}.{name}"
         kind = KINDS.get(type(module))
@@ -65,8 +66,8 @@ def find(model: nn.Module, config: QuantConfig, prefix: str = "unet") -> Sites:
                 f"its weight is a {type(module.weight.data).__name__} of {module.weight.dtype}, no plain float tensor"
             )
         else:
-            bits = (config.edge_bits,) * 2 if name in edges else (config.weight_bits, config.act_bits)
-            layers.append(Site(full, module, kind, _parts(module, cuts.get(name)), *bits))
+            bits = (config.edge_bits,) * 2 if name in (first, last) else (config.weight_bits, config.act_bits)
+            layers.append(Site(full, module, kind, _parts(module, cuts.get(name)), *bits, last=name == last))
     if config.products:
         for name, module in model.named_modules():
             reason = why_not_products(module)
@@ -116,11 +117,11 @@ def _in_channels(resnet: Any) -> int:
     return int(getattr(getattr(resnet, "conv1", None), "in_channels", 0))
 
 
-def _edges(names: list[str]) -> set[str]:
+def _edges(names: list[str]) -> tuple[str, str]:
     """The first and the last layer: by name where the architecture is known, else by order."""
     first = next((name for name in FIRST if name in names), names[0] if names else "")
     last = next((name for name in LAST if name in names), names[-1] if names else "")
-    return {first, last}
+    return first, last
 
 
 def _parts(module: Any, cut: int | None) -> tuple[tuple[int, int], ...]:

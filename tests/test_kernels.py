@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import importlib.util
 import os
 import random
 import subprocess
@@ -330,6 +332,13 @@ class TestEveryKernel:
 
 
 @needs_onednn
+def test_may_be_part_of_a_deep_copy() -> None:
+    module, x = nn.Linear(4, 6), torch.randn(3, 4)
+    op = onednn.build(module, layer_for(module, torch.Generator().manual_seed(0)))
+    assert torch.equal(copy.deepcopy(op)(x, 0), op(x, 0))
+
+
+@needs_onednn
 @pytest.mark.parametrize("style", ["symmetric", "asymmetric"])
 def test_no_float_weight_is_kept(style: str) -> None:
     """Neither floats nor codes: oneDNN's packed int8 is all that is as large as the weight."""
@@ -413,3 +422,16 @@ def test_cuda_is_the_reference(seed: int) -> None:
     module, layer, x = case(seed)
     op = KERNELS["cuda"].build(module.cuda(), layer)
     check_cuda(op, module.cpu(), layer, x.cuda())
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1",
+    reason="needs Triton and TRITON_INTERPRET=1",
+)
+@pytest.mark.parametrize("seed", range(60))
+@torch.no_grad()
+def test_the_triton_kernel_interpreted(seed: int) -> None:
+    module, layer, x = case(seed)
+    op = KERNELS["cuda"].build(module, layer)
+    op.triton = True
+    check_cuda(op, module, layer, x)

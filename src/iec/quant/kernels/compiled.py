@@ -1,7 +1,8 @@
 """The passes that numba compiles; `passes` loads this file where numba is, and nothing else may import it.
 
 Plain functions of arrays; `compile` wraps them. Every number is float32 but where it says so. Without `reassoc` and `arcp`
-of fast-math x/d stays a true division, so the codes are those of `iec.core.affine.quantize` bit for bit.
+of fast-math x/d stays a true division, so the codes are those of `iec.core.affine.quantize` bit for bit. Indices that are
+sums are unsigned, for a signed one could count from the end: the test for that keeps a loop from being vectorised.
 """
 
 from __future__ import annotations
@@ -48,9 +49,10 @@ def quantize_flat(x, scale, zero, top, out):
 def quantize_rows(x, begin, scale, zero, top, out):
     """Columns begin … begin + K of x (M, C) → out (M, K) uint8."""
     rows, columns = out.shape
+    first = np.uint64(begin)
     for i in prange(rows):
         for c in range(columns):
-            out[i, c] = _code(x[i, begin + c] / scale, zero, top)
+            out[i, c] = _code(x[i, first + np.uint64(c)] / scale, zero, top)
 
 
 def norm_quantize(x, shift, weight, bias, groups, eps, silu, size, spans, first, second):
@@ -62,6 +64,7 @@ def norm_quantize(x, shift, weight, bias, groups, eps, silu, size, spans, first,
     count, pixels, channels = x.shape
     pieces = (pixels + size - 1) // size
     split = first.shape[2]
+    beyond = np.uint64(split)
     each = channels // groups
     pivots = np.empty((count, pieces, channels), np.float32)
     sums = np.empty((count, pieces, channels), np.float32)
@@ -74,9 +77,8 @@ def norm_quantize(x, shift, weight, bias, groups, eps, silu, size, spans, first,
     for i in prange(count * pieces):
         n, begin = i // pieces, (i % pieces) * size
         end = min(begin + size, pixels)
-        pivot, sum_, square = (
-            np.zeros(channels, np.float32), np.zeros(channels, np.float32), np.zeros(channels, np.float32),
-        )  # fmt: skip
+        pivot = np.zeros(channels, np.float32)
+        away, square = np.zeros(channels, np.float32), np.zeros(channels, np.float32)
         for p in range(begin, end, 4):
             for c in range(channels):
                 pivot[c] += x[n, p, c]
@@ -85,30 +87,29 @@ def norm_quantize(x, shift, weight, bias, groups, eps, silu, size, spans, first,
         for p in range(begin, end):
             for c in range(channels):
                 v = x[n, p, c] - pivot[c]
-                sum_[c] += v
+                away[c] += v
                 square[c] += v * v
         for c in range(channels):
             pivots[n, i % pieces, c] = pivot[c]
-            sums[n, i % pieces, c] = sum_[c]
+            sums[n, i % pieces, c] = away[c]
             squares[n, i % pieces, c] = square[c]
-    # Put together in float64 for each group; y = (x − centre) factor + offset, where a
-    # mean far from zero is taken off before it is multiplied.
+    # Put together in float64 for each group. y = (x − centre) factor + offset takes a mean far from zero off before it is
+    # multiplied.
     for i in prange(count * groups):
         n, g = i // groups, i % groups
         total = 0.0
         for c in range(g * each, (g + 1) * each):
             total += np.float64(shift[n, c]) * pixels
             for j in range(pieces):
-                total += np.float64(pivots[n, j, c]) * (min((j + 1) * size, pixels) - j * size) + np.float64(
-                    sums[n, j, c]
-                )
+                total += np.float64(sums[n, j, c])
+                total += np.float64(pivots[n, j, c]) * (min((j + 1) * size, pixels) - j * size)
         mean64 = total / (pixels * each)
         spread = 0.0
         for c in range(g * each, (g + 1) * each):
             for j in range(pieces):
-                away = np.float64(pivots[n, j, c]) + np.float64(shift[n, c]) - mean64
-                spread += np.float64(squares[n, j, c]) + 2 * away * np.float64(sums[n, j, c])
-                spread += away * away * (min((j + 1) * size, pixels) - j * size)
+                far = np.float64(pivots[n, j, c]) + np.float64(shift[n, c]) - mean64
+                spread += np.float64(squares[n, j, c]) + 2 * far * np.float64(sums[n, j, c])
+                spread += far * far * (min((j + 1) * size, pixels) - j * size)
         inverse = 1.0 / np.sqrt(max(spread, 0.0) / (pixels * each) + eps)
         for c in range(g * each, (g + 1) * each):
             factor = inverse * np.float64(weight[c])
@@ -126,16 +127,18 @@ def norm_quantize(x, shift, weight, bias, groups, eps, silu, size, spans, first,
                 for c in range(split):
                     y = (x[n, p, c] - centre[c]) * factor[c] + offset[c]
                     first[n, p, c] = _code(y / (scale_1 + scale_1 * _exp_negative(y)), zero_1, top_1)
-                for c in range(split, channels):
-                    y = (x[n, p, c] - centre[c]) * factor[c] + offset[c]
-                    second[n, p, c - split] = _code(y / (scale_2 + scale_2 * _exp_negative(y)), zero_2, top_2)
+                for c in range(channels - split):
+                    k = beyond + np.uint64(c)
+                    y = (x[n, p, k] - centre[k]) * factor[k] + offset[k]
+                    second[n, p, c] = _code(y / (scale_2 + scale_2 * _exp_negative(y)), zero_2, top_2)
             else:
                 for c in range(split):
-                    first[n, p, c] = _code(((x[n, p, c] - centre[c]) * factor[c] + offset[c]) / scale_1, zero_1, top_1)
-                for c in range(split, channels):
-                    second[n, p, c - split] = _code(
-                        ((x[n, p, c] - centre[c]) * factor[c] + offset[c]) / scale_2, zero_2, top_2
-                    )
+                    y = (x[n, p, c] - centre[c]) * factor[c] + offset[c]
+                    first[n, p, c] = _code(y / scale_1, zero_1, top_1)
+                for c in range(channels - split):
+                    k = beyond + np.uint64(c)
+                    y = (x[n, p, k] - centre[k]) * factor[k] + offset[k]
+                    second[n, p, c] = _code(y / scale_2, zero_2, top_2)
 
 
 def add_window_sums(codes, zero, window, factor, fresh, total):

@@ -177,6 +177,10 @@ class OnednnLayer:
         y = self._sum(self.quantize(x, step), step, None, True, dtype)
         return (y if at.kind == "linear" else at.restore(y, x)).to(x.dtype)
 
+    def __deepcopy__(self, memo: object) -> OnednnLayer:
+        """Itself: it never changes, and packed weights cannot be copied."""
+        return self
+
     def quantize(self, x: Tensor, step: int) -> tuple[Tensor, ...]:
         """Return the input's codes, uint8, one tensor a part: (N, C', H, W) channels_last or (…, C') for a linear layer.
 

@@ -1,8 +1,9 @@
 """Integer convolutions and products on CUDA devices. NOT YET RUN ON A GPU.
 
 What has been run: this file on the CPU, where `torch._int_mm` exists too, against `reference`; the Triton kernel in Triton's
-interpreter, against the same (the tests do that with Triton and TRITON_INTERPRET=1); and Triton 3.7's compiler for compute capability 8.0 and 9.0 (it makes int8 tensor core
-instructions of it). That it runs on a device, and how fast, remains to be seen.
+interpreter, against the same (the tests do that with Triton and TRITON_INTERPRET=1); and Triton 3.7's compiler for compute
+capability 8.0 and 9.0 (it makes int8 tensor core instructions of it). That it runs on a device, and how fast, remains to be
+seen.
 
 Linear layers and 1×1 convolutions are one `torch._int_mm`; other convolutions are an implicit matrix product in Triton
 (`triton_conv`) or, without Triton, a matrix product of the windows written out.

@@ -5,7 +5,7 @@ each call, so steps that differ cost nothing; z_x may lie outside 0..255 and the
 
 oneDNN's int8 weights have no zero point, so w must lie in −128..127. It does for up to 7 bits and for symmetric 8 bits.
 Where it does not, an output channel is moved by an integer k[o] into range and k[o] d_w[o] Σ (q_x − z_x) d_x is added,
-which is exact: one more pass over the codes and the output. Such a layer takes about 1.5 times as long.
+which is exact: one more pass over the codes and the output. Such a layer takes 1.4 to 2.4 times as long.
 
 Sums are int32 and wrap. Where (255 + |z_x|) Σ |w| could reach 2³¹ (z_x in the thousands: inputs far from zero, and weights of
 one sign) the zero point is cut to what fits, and the rest of it, a constant image, is convolved by itself and added.

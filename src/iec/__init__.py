@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from iec.pipeline.session import Session, disable, enable, summary
     from iec.plan import CorrectionPlan, StepClock
     from iec.quant.config import QuantConfig
+    from iec.quant.reconstruct import Reconstruction
     from iec.schedule.scheduler import IECScheduler
 
 __version__ = "0.1.0"
@@ -34,6 +35,7 @@ _HOMES = {
     "StepClock": "iec.plan",
     "Trace": "iec.core.correction",
     "QuantConfig": "iec.quant.config",
+    "Reconstruction": "iec.quant.reconstruct",
     "cache": "iec.pipeline.caching",
     "calibrate": "iec.calibration.calibrate",
     "quantize": "iec.pipeline.quantizing",
@@ -53,6 +55,7 @@ __all__ = [
     "DeepCache",
     "IECScheduler",
     "QuantConfig",
+    "Reconstruction",
     "Session",
     "StepClock",
     "Trace",

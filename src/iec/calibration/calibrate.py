@@ -91,7 +91,7 @@ class Observation:
     def load_state(self, state: dict[str, Tensor], plain: dict[str, Any]) -> None:
         """Continue from `state()`."""
         for name, observers in self.observers.items():
-            observers.load_state({key: state[f"{name}/{key}"] for key in ("scale", "zero", "seen")})
+            observers.load_state(_under(f"{name}/", state))
         for name, capture in self.captures.items():
             capture.load_state(_under(f"tuples/{name}/", state), plain["templates"][name])
         self.timesteps = tuple(state["timesteps"].tolist())

@@ -1,0 +1,103 @@
+"""Reconstruction of all denoisers of a pipeline, unit by unit, so that a killed run goes on after the last finished unit."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from iec.artifact.calibration import LayerPart, Quantization, QuantizedLayer, StepTable, WeightCodes
+from iec.calibration.tuples import Tuples
+from iec.quant.reconstruct import Outcome, Reconstruction, reconstruct
+
+
+class Finished:
+    """The outcomes of finished units, by component and unit, in the order in which they came."""
+
+    def __init__(self) -> None:
+        self.outcomes: list[tuple[str, Outcome]] = []
+
+    def state(self) -> tuple[dict[str, Tensor], list[Any]]:
+        """Tensors, and the plain rest, for a checkpoint."""
+        tensors: dict[str, Tensor] = {}
+        plain: list[Any] = []
+        for place, (component, outcome) in enumerate(self.outcomes):
+            plain.append([component, outcome.unit, outcome.nearest, outcome.learned, list(outcome.layers)])
+            for name, layer in outcome.layers.items():
+                tensors |= {f"{place}/{name}/{key}": value for key, value in _tensors(layer)}
+        return tensors, plain
+
+    def load_state(self, tensors: dict[str, Tensor], plain: list[Any], nearest: dict[str, QuantizedLayer]) -> None:
+        """Continue from `state()`; `nearest` are the layers before reconstruction."""
+        for place, (component, unit, before, learned, names) in enumerate(plain):
+            layers = {name: _layer(nearest[f"{component}.{name}"], tensors, f"{place}/{name}") for name in names}
+            self.outcomes.append((component, Outcome(unit, before, learned, layers)))
+
+    def of(self, component: str) -> dict[str, dict[str, QuantizedLayer]]:
+        """The layers of the finished units of one denoiser."""
+        return {outcome.unit: outcome.layers for name, outcome in self.outcomes if name == component}
+
+
+def reconstructed(
+    models: dict[str, nn.Module],
+    quant: Quantization,
+    tuples: dict[str, Tuples],
+    options: Reconstruction,
+    finished: Finished,
+    after: Callable[[int, int], None],
+) -> Quantization:
+    """`quant` with reconstructed layers; `after(done, units)` is called after each unit, whose outcome `finished` then holds."""
+    units = 0
+    for component, model in models.items():
+        prefix = f"{component}."
+
+        def count(names: list[str]) -> None:
+            nonlocal units
+            units += len(names)
+
+        outcomes = reconstruct(
+            model,
+            _within(quant.layers, prefix),
+            _within(quant.products, prefix),
+            tuples[component],
+            options,
+            finished.of(component),
+            count,
+        )
+        for outcome in outcomes:
+            finished.outcomes.append((component, outcome))
+            after(len(finished.outcomes), units)
+    layers = dict(quant.layers)
+    for component, outcome in finished.outcomes:
+        layers |= {f"{component}.{name}": layer for name, layer in outcome.layers.items()}
+    report = {
+        "options": options.as_dict(),
+        "tuples": {component: len(of) for component, of in tuples.items()},
+        "units": {f"{component}.{o.unit}": o.as_dict() for component, o in finished.outcomes},
+    }
+    return dataclasses.replace(quant, layers=layers, reconstruction=report)
+
+
+def _within(named: dict[str, Any], prefix: str) -> dict[str, Any]:
+    return {name.removeprefix(prefix): value for name, value in named.items() if name.startswith(prefix)}
+
+
+def _tensors(layer: QuantizedLayer) -> Iterator[tuple[str, Tensor]]:
+    """What reconstruction may have changed of a layer."""
+    for index, part in enumerate(layer.parts):
+        yield f"{index}/codes", part.weight.codes
+        yield f"{index}/scale", part.act.scale
+        yield f"{index}/zero", part.act.zero
+    if layer.bias is not None:
+        yield "bias", layer.bias
+
+
+def _layer(nearest: QuantizedLayer, tensors: dict[str, Tensor], path: str) -> QuantizedLayer:
+    parts: list[LayerPart] = []
+    for index, part in enumerate(nearest.parts):
+        codes, scale, zero = (tensors[f"{path}/{index}/{key}"] for key in ("codes", "scale", "zero"))
+        weight: WeightCodes = dataclasses.replace(part.weight, codes=codes)
+        parts.append(LayerPart(part.begin, part.end, weight, StepTable(scale, zero, part.act.bits)))
+    return QuantizedLayer(nearest.kind, tuple(parts), tensors.get(f"{path}/bias"))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from iec.artifact.calibration import Product
+from iec.artifact.calibration import Product, StepTable
 
 PRODUCTS: tuple[Product, ...] = ("query", "key", "probs", "value")
 # Processors whose attention is the one below; others keep their products in floating point.
@@ -79,6 +79,25 @@ class QuantizedProducts:
         if attn.residual_connection:
             hidden_states = hidden_states + residual
         return hidden_states if attn.rescale_output_factor == 1.0 else hidden_states / attn.rescale_output_factor
+
+
+class RoundedProduct:
+    """Rounds an operand of an attention product at a step; the product itself is computed in floating point."""
+
+    def __init__(self, table: StepTable) -> None:
+        self.scales, self.zeros = table.scale.tolist(), table.zero.tolist()
+        self.top = 2**table.bits - 1
+
+    def __call__(self, x: Tensor, step: int) -> Tensor:
+        """`x` rounded, in its dtype: `iec.core.affine.fake_quantize`."""
+        codes, scale = self.integers_(x.to(torch.float32, copy=True), step)
+        return codes.mul_(scale).to(x.dtype)
+
+    def integers_(self, x: Tensor, step: int) -> tuple[Tensor, float]:
+        """Turn float32 `x`, in place, into q − z; returned with the scale."""
+        scale, zero = self.scales[step], self.zeros[step]
+        # The zero point moves into the limits, which is exact, as these are small integers.
+        return x.div_(scale).round_().clamp_(-zero, self.top - zero), scale
 
 
 def replace_processor(attn: Any, processor: Any) -> Callable[[], None]:

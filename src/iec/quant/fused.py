@@ -2,7 +2,8 @@
 
 A resnet block becomes: norm + SiLU + rounding in one pass, an integer convolution, the same again with the time embedding folded
 into the norm, and a second convolution that adds itself onto the shortcut. An upsampler rounds before it enlarges, which is the
-same (nearest neighbour) and touches a quarter of the memory. The numbers are those of the separate layers up to float rounding.
+same (nearest neighbour) and touches a quarter of the memory. Attention over a picture rounds its norm's output once for query, key
+and value. The last norm, SiLU and convolution become one. The numbers are those of the separate layers up to float rounding.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from iec.artifact.calibration import Product
 from iec.patch import Around
+from iec.quant.attention import QuantizedProducts, RoundedProduct
 from iec.quant.kernels.onednn import OnednnLayer
 from iec.quant.kernels.passes import norm_silu_quantize
 
@@ -29,7 +32,7 @@ def fused_forwards(model: nn.Module, ops: dict[str, Any], step: Step) -> dict[nn
         ops: the quantized layers by name; those of another kernel are not fused.
         step: gives the present step.
     """
-    found: dict[nn.Module, Around] = {}
+    found: dict[nn.Module, Around] = _ending(model, ops.get("conv_out"), step)
     names = {module: name for name, module in model.named_modules()}
     for module in model.modules():
         kind = type(module).__name__
@@ -68,7 +71,7 @@ def _resnet(
 ) -> Tensor:
     x = args[0] if args else kwargs["input_tensor"]
     temb = args[1] if len(args) > 1 else kwargs.get("temb")
-    if x.dtype != torch.float32 or torch.is_grad_enabled():
+    if not _fusable(x):
         return forward(*args, **kwargs)
     now = step()
     conv1, conv2, *shortcut = layers
@@ -94,9 +97,101 @@ def _normed(
 def _upsample(layer: OnednnLayer, step: Step, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     x = args[0] if args else kwargs["hidden_states"]
     size = args[1] if len(args) > 1 else kwargs.get("output_size")
-    if x.dtype != torch.float32 or torch.is_grad_enabled():
+    if not _fusable(x):
         return forward(*args, **kwargs)
     now = step()
     scale = {"scale_factor": 2.0} if size is None else {"size": size}
     codes = (F.interpolate(part, mode="nearest", **scale) for part in layer.quantize(x, now))
     return layer.from_codes(tuple(part.contiguous(memory_format=torch.channels_last) for part in codes), now)
+
+
+def _ending(model: Any, layer: Any, step: Step) -> dict[nn.Module, Around]:
+    """conv_norm_out, conv_act and conv_out of a UNet: the first two pass on what they get, and the third does it all."""
+    norm, act = getattr(model, "conv_norm_out", None), getattr(model, "conv_act", None)
+    if not (isinstance(layer, OnednnLayer) and isinstance(norm, nn.GroupNorm) and isinstance(act, nn.SiLU)):
+        return {}
+
+    def passed(forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        return args[0] if _fusable(args[0]) else forward(*args, **kwargs)
+
+    def ended(forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        if not _fusable(args[0]):
+            return forward(*args, **kwargs)
+        return layer.from_codes(_normed(norm, layer, args[0], step()), step())
+
+    return {norm: passed, act: passed, model.conv_out: ended}
+
+
+def _fusable(x: Tensor) -> bool:
+    return x.dtype == torch.float32 and not torch.is_grad_enabled()
+
+
+class FusedAttention:
+    """A processor for the self-attention of a picture's pixels: `QuantizedProducts` with integer layers, in fewer passes.
+
+    What it does not know (text, masks, other norms) goes to `general`.
+    """
+
+    def __init__(
+        self,
+        layers: dict[str, OnednnLayer],
+        products: dict[Product, RoundedProduct],
+        step: Step,
+        general: QuantizedProducts,
+    ) -> None:
+        self.layers, self.products, self.step, self.general = layers, products, step, general
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        simple = encoder_hidden_states is None and attention_mask is None and hidden_states.dim() == 4
+        if not (simple and _fusable(hidden_states) and isinstance(attn.group_norm, nn.GroupNorm)):
+            return self.general(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        x, now = hidden_states, self.step()
+        count, channels, height, width = x.shape
+        query, key, value = (self.layers[name] for name in ("to_q", "to_k", "to_v"))
+        codes = self._tokens(attn.group_norm, query, x, now)
+        same = all(layer.spans(now) == query.spans(now) for layer in (key, value))
+        q, k, v = (
+            layer.from_codes(codes if same else self._tokens(attn.group_norm, layer, x, now), now)
+            for layer in (query, key, value)
+        )
+        (q, q_scale), (k, k_scale), (v, v_scale) = (
+            self.products[name].integers_(tensor, now) for name, tensor in (("query", q), ("key", k), ("value", v))
+        )
+        q, k, v = (tensor.view(count, -1, attn.heads, channels // attn.heads).transpose(1, 2) for tensor in (q, k, v))
+        scores = (q @ k.transpose(-1, -2)).mul_(q_scale * k_scale * attn.scale)
+        probs, scale = self.products["probs"].integers_(torch.softmax(scores, dim=-1), now)
+        mixed = (probs @ v).transpose(1, 2).reshape(count, -1, channels).mul_(scale * v_scale)
+        out = self.layers["to_out.0"](mixed, now).view(count, height, width, channels).permute(0, 3, 1, 2)
+        if attn.residual_connection:
+            out.add_(x)
+        return out if attn.rescale_output_factor == 1.0 else out.div_(attn.rescale_output_factor)
+
+    def _tokens(self, norm: nn.GroupNorm, layer: OnednnLayer, x: Tensor, step: int) -> tuple[Tensor, ...]:
+        """Codes (N, pixels, C) of norm(x) for a linear layer."""
+        (codes,) = norm_silu_quantize(
+            x, norm.num_groups, norm.weight, norm.bias, norm.eps, layer.spans(step), silu=False
+        )
+        return (codes.permute(0, 2, 3, 1).flatten(1, 2),)
+
+
+def attention_processor(
+    attn: Any, name: str, ops: dict[str, Any], products: dict[Product, RoundedProduct], step: Step
+) -> QuantizedProducts | FusedAttention:
+    """The processor for the attention module `name` with the quantized layers `ops` of the model."""
+    general = QuantizedProducts({key: functools.partial(_rounded, product, step) for key, product in products.items()})
+    layers = {part: ops.get(f"{name}.{part}") for part in ("to_q", "to_k", "to_v", "to_out.0")}
+    known = attn.spatial_norm is None and attn.norm_q is None and attn.norm_k is None and attn.to_out[1].p == 0.0
+    if not (known and all(isinstance(layer, OnednnLayer) and len(layer.parts) == 1 for layer in layers.values())):
+        return general
+    return FusedAttention(layers, products, step, general)  # pyright: ignore[reportArgumentType]
+
+
+def _rounded(product: RoundedProduct, step: Step, x: Tensor) -> Tensor:
+    return product(x, step())

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from iec.artifact.calibration import Product, QuantizedLayer, StepTable
 from iec.patch import replace_forward
 from iec.plan import StepClock
-from iec.quant.attention import PRODUCTS, QuantizedProducts, replace_processor
-from iec.quant.fused import fused_forwards
+from iec.quant.attention import PRODUCTS, RoundedProduct, replace_processor
+from iec.quant.fused import attention_processor, fused_forwards
 from iec.quant.kernels import Kernel
 
 Op = Callable[[Tensor, int], Tensor]
@@ -55,8 +55,9 @@ class QuantizedModel:
         for block, around in fused_forwards(self.model, self.ops, self.step).items():
             self._removers.append(replace_forward(block, around))
         for name, of in self.products.items():
-            processor = QuantizedProducts({product: self._rounded(rounded) for product, rounded in of.items()})
-            self._removers.append(replace_processor(self.model.get_submodule(name), processor))
+            attn = self.model.get_submodule(name)
+            processor = attention_processor(attn, name, self.ops, of, self.step)
+            self._removers.append(replace_processor(attn, processor))
 
     def remove(self) -> None:
         """Step aside."""
@@ -79,19 +80,3 @@ class QuantizedModel:
             return op(args[0] if args else kwargs["input"], self.step())
 
         return around
-
-    def _rounded(self, rounded: RoundedProduct) -> Callable[[Tensor], Tensor]:
-        return lambda x: rounded(x, self.step())
-
-
-class RoundedProduct:
-    """Rounds an operand of an attention product at a step; the product itself is computed in floating point."""
-
-    def __init__(self, table: StepTable) -> None:
-        self.scales, self.zeros = table.scale.tolist(), table.zero.tolist()
-        self.last = 2**table.bits - 1
-
-    def __call__(self, x: Tensor, step: int) -> Tensor:
-        # `iec.core.affine.fake_quantize` with the zero point moved into the limits, which is exact: small integers.
-        scale, zero = self.scales[step], self.zeros[step]
-        return (x.float() / scale).round_().clamp_(-zero, self.last - zero).mul_(scale).to(x.dtype)

@@ -59,7 +59,7 @@ clean: ## remove the environments and everything that was built
 	@touch $@
 
 $(VENV)/.runtime: $(VENV)/.pip $(INPUTS)
-	$(BIN)/python $(PIP_INSTALL) --editable .
+	$(BIN)/python $(PIP_INSTALL) --editable '.[cpu]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.runtime
@@ -72,5 +72,5 @@ $(VENV)/.docs: $(VENV)/.pip $(INPUTS)
 
 $(VENV_ONNX)/.ready: CONSTRAINTS = constraints-older.txt
 $(VENV_ONNX)/.ready: $(VENV_ONNX)/.pip $(INPUTS)
-	$(VENV_ONNX)/bin/python $(PIP_INSTALL) --editable '.[onnx,test]'
+	$(VENV_ONNX)/bin/python $(PIP_INSTALL) --editable '.[cpu,onnx,test]'
 	@touch $@

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import pytest
 import torch
+from diffusers import DDIMScheduler, DDPMScheduler
 from torch import Tensor, nn
 
 import iec
@@ -165,11 +165,11 @@ def _other_architecture(pipe: Any) -> None:
 
 
 def _other_scheduler(pipe: Any) -> None:
-    pipe.scheduler = diffusers.DDPMScheduler.from_config(pipe.scheduler.config)
+    pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
 
 
 def _other_noise(pipe: Any) -> None:
-    pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, beta_end=0.03)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, beta_end=0.03)
 
 
 @pytest.mark.parametrize(
@@ -327,7 +327,8 @@ def test_corrections_of_weight_zero_are_the_plain_quantized_run(name: str, kerne
     pipe = case.build()
     iec.quantize(pipe, calibration(name), kernel=kernel)
     rounded = run(case, pipe)
-    for options in ({"steps": "all", "relax": (0.0, 0.0)}, {"steps": "none"}):
+    off: list[dict[str, Any]] = [{"steps": "all", "relax": (0.0, 0.0)}, {"steps": "none"}]
+    for options in off:
         with iec.enable(pipe, **options) as session:
             found = run(case, pipe)
         assert torch.equal(found.image, rounded.image), options
@@ -507,7 +508,7 @@ def test_before_and_after_a_cache(kernel: str) -> None:
 def test_a_scheduler_assigned_later(pipe: Any) -> None:
     plain = quantized.state(pipe)
     iec.quantize(pipe, calibration("ddim"), kernel="reference")
-    pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     with pytest.raises(RuntimeError, match="outside a run of its pipeline"):
         run(DDIM, pipe)
     iec.undo(pipe)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from iec.cli import demo, info, sample, train
+from iec.cli import calibrate, demo, info, sample, train
 from iec.cli.console import stderr
 
 # What the package raises for wrong input or a missing thing; all else is a fault of ours and shows its traceback.
@@ -57,6 +57,7 @@ def _iec(
 
 app.command("demo")(demo.demo)
 app.command("sample")(sample.sample)
+app.command("calibrate")(calibrate.calibrate)
 app.command("train")(train.train)
 app.command("info")(info.info)
 

@@ -35,6 +35,13 @@ def sample(
         float | None,
         typer.Option(metavar="X", help="Relative residual below which a sample is left alone.  [default: never]"),
     ] = None,
+    quant: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Quantize by this calibration, see `iec calibrate`.")
+    ] = None,
+    kernel: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="With --quant: reference, onednn, cuda.  [default: the fastest here]"),
+    ] = None,
     scheduler: Annotated[
         str | None, typer.Option(metavar="NAME", help="A scheduler class of diffusers.  [default: the model's]")
     ] = None,
@@ -49,7 +56,7 @@ def sample(
     save_images: Annotated[Path | None, typer.Option(metavar="DIR", help="Also save each image, as SEED.png.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Sample images, plain or corrected by IEC, into one grid."""
+    """Sample images, plain, quantized or corrected by IEC, into one grid."""
     from diffusers.utils import logging
 
     import iec
@@ -60,6 +67,9 @@ def sample(
 
     place, factors = choose_device(device), _factors(relax)
     iec.plan.parse(steps)  # a bad plan is told before a large model is loaded
+    if kernel is not None and quant is None:
+        raise ValueError("--kernel chooses how a quantized model is computed; add --quant DIR")
+    calibration = iec.Calibration.load(quant) if quant is not None else None
     logging.disable_progress_bar()  # ours says what matters
     pipe = iec.load(model).to(place)
     pipe.set_progress_bar_config(disable=True)
@@ -67,6 +77,8 @@ def sample(
         pipe = with_scheduler(pipe, scheduler)
     given = {"prompt": prompt, "class_labels": class_label}
     conditions: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    if calibration is not None:
+        iec.quantize(pipe, calibration, kernel=kernel if kernel is not None else "auto", keep_float=False)
     if steps != "none":
         iec.enable(pipe, steps=steps, relax=factors, tol=tol)
 
@@ -83,24 +95,25 @@ def sample(
     if save_images is not None:
         save_each(images, save_images, seeds)
     batches = -(-num // batch_size)
-    summary = iec.summary(pipe) if steps != "none" else None
+    summary = iec.summary(pipe)
     if as_json:
         print_json(
             {
                 "model": model,
-                "scheduler": type(pipe.scheduler).__name__ if summary is None else summary.scheduler,
+                "scheduler": summary.scheduler,
                 "seeds": [seed, seed + num - 1],
                 "num_inference_steps": num_inference_steps,
                 "evaluations": cost.evaluations,
                 "batches": batches,
                 "seconds": round(cost.seconds, 3),
                 "out": str(out),
-                "iec": summary.as_dict() if summary is not None else None,
+                "quant": summary.quant,
+                "iec": summary.as_dict() if steps != "none" else None,
             }
         )
         return
     per_batch = f" = {batches} batches of {cost.evaluations / batches:g}" if batches > 1 else ""
-    if summary is not None:
-        stdout.print(str(summary), markup=False, highlight=False, soft_wrap=True)
+    if steps != "none" or summary.quant is not None:
+        stdout.print(str(summary) if steps != "none" else summary.quant, markup=False, highlight=False, soft_wrap=True)
     counted = f"{num} images, {cost.evaluations} evaluations{per_batch}, {cost.seconds:.1f} s"
     stdout.print(f"{counted}\n{out}", markup=False, highlight=False, soft_wrap=True)

@@ -28,8 +28,13 @@ def batches(
 
     `kwargs` go to the pipeline; prompts and class labels may be one value for all images or a list with one per image.
 
-    Raises ValueError for no seeds, a bad batch size or number of steps, arguments that the pipeline does not take or lacks.
+    Raises ValueError for no seeds, a bad batch size or number of steps, arguments that the pipeline does not take or lacks;
+    TypeError for what is no pipeline.
     """
+    if isinstance(pipe, type) or not callable(pipe):
+        raise TypeError(
+            f"expected a pipeline object, found {pipe!r}; make one with .from_pretrained(...) or iec.load(...)"
+        )
     if not seeds or batch_size < 1 or num_inference_steps < 1:
         raise ValueError(
             f"{len(seeds)} seeds in batches of {batch_size} with {num_inference_steps} steps: "

@@ -72,11 +72,12 @@ def rounded64(x: Tensor, table: StepTable, step: int) -> Tensor:
 def emulate(
     module: nn.Module, layer: QuantizedLayer, x: Tensor, step: int, moved: list[Any] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(the layer in float64 written out, Σ |x̂| (|ŵ| + |moved|) + |b|); moved: (out,) or None for each part."""
+    """(the layer in float64 written out, Σ (|x̂| + |z d|) (|ŵ| + |moved|) + |b|); moved: (out,) or None for each part."""
     axis = -1 if layer.kind == "linear" else -len(module.weight.shape) + 1
-    xs, ws, extra = [], [], []
+    xs, ws, extra, zeros = [], [], [], []
     for part in layer.parts:
         xs.append(rounded64(x.narrow(axis, part.begin, part.end - part.begin), part.act, step))
+        zeros += [abs(float(part.act.zero[step]) * float(part.act.scale[step]))] * (part.end - part.begin)
         form = (-1, *(1,) * (part.weight.codes.dim() - 1))
         zero, scale = part.weight.zero.reshape(form).double(), part.weight.scale.reshape(form).double()
         ws.append((part.weight.codes.double() - zero) * scale)
@@ -86,13 +87,16 @@ def emulate(
     bias = layer.bias if layer.bias is not None else module.bias
     bias = None if bias is None else bias.detach().double()
     results = []
+    offset = torch.tensor(zeros, dtype=torch.float64)
     for a, b, c in ((xhat, what, bias), (xhat.abs(), size, None if bias is None else bias.abs())):
+        more = torch.zeros_like(offset) if a is xhat else offset
         if layer.kind == "linear":
-            results.append(F.linear(a, b, c))
+            results.append(F.linear(a + more, b, c))
             continue
         conv = F.conv2d if layer.kind == "conv2d" else F.conv1d
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
         a = F.pad(a, module._reversed_padding_repeated_twice, mode)  # right for "same" and "valid" too
+        a = a + more.reshape(-1, *(1,) * (len(module.weight.shape) - 2))  # codes have a border of zero points
         results.append(conv(a, b, c, module.stride, 0, module.dilation, module.groups))
     return results[0], results[1]
 
@@ -160,7 +164,7 @@ def test_reference_is_the_layer_in_float64(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(150))
 @torch.no_grad()
 def test_onednn_is_the_reference(seed: int) -> None:
-    """The codes are equal, so what remains is the float32 rounding of the output: 1e-6 of Σ |x̂| (|ŵ| + |k d_w|) + |b|."""
+    """The codes are equal, so what remains is the float32 rounding of the output: 1e-6 of Σ (|x̂| + |z d|) (|ŵ| + |k d_w|) + |b|."""
     module, layer, x = case(seed)
     op, reference = onednn.build(module, layer), KERNELS["reference"].build(module, layer)
     for step in (0, 1):

@@ -1,16 +1,17 @@
 """Blocks of diffusers' UNets computed in fewer passes over memory, for kernels that take and give codes (`onednn`).
 
 A resnet block becomes: norm + SiLU + rounding in one pass, an integer convolution, the same again with the time embedding folded
-into the norm, and a second convolution that adds itself onto the shortcut. An upsampler rounds before it enlarges, which is the
-same (nearest neighbour) and touches a quarter of the memory. Attention over a picture rounds its norm's output once for query, key
-and value. The last norm, SiLU and convolution become one. The numbers are those of the separate layers up to float rounding.
+into the norm, and a second convolution that adds itself onto the shortcut. An up block does not copy its concatenations together.
+An upsampler rounds before it enlarges, which is the same (nearest neighbour) and touches a quarter of the memory. Attention over a
+picture rounds its norm's output once for query, key and value. The last norm, SiLU and convolution become one. The numbers are
+those of the separate layers up to float rounding.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from iec.artifact.calibration import Product
 from iec.patch import Around
 from iec.quant.attention import QuantizedProducts, RoundedProduct
 from iec.quant.kernels.onednn import OnednnLayer
-from iec.quant.kernels.passes import norm_silu_quantize
+from iec.quant.kernels.passes import norm_silu_quantize, quantize
 
 Step = Callable[[], int]
 
@@ -34,6 +35,7 @@ def fused_forwards(model: nn.Module, ops: dict[str, Any], step: Step) -> dict[nn
     """
     found: dict[nn.Module, Around] = _ending(model, ops.get("conv_out"), step)
     names = {module: name for name, module in model.named_modules()}
+    resnets: dict[nn.Module, list[OnednnLayer]] = {}
     for module in model.modules():
         kind = type(module).__name__
         if kind == "ResnetBlock2D" and _plain_resnet(module):
@@ -41,12 +43,26 @@ def fused_forwards(model: nn.Module, ops: dict[str, Any], step: Step) -> dict[nn
                 ops.get(names[part]) for part in (module.conv1, module.conv2, module.conv_shortcut) if part is not None
             ]
             if all(isinstance(layer, OnednnLayer) for layer in layers):
+                resnets[module] = layers
                 found[module] = functools.partial(_resnet, module, layers, step)
         elif kind == "Upsample2D" and _plain_upsample(module):
             layer = ops.get(names[module.conv])
             if isinstance(layer, OnednnLayer):
-                found[module] = functools.partial(_upsample, layer, step)
+                found[module] = functools.partial(_upsample, module, layer, step)
+    for module in model.modules():
+        if (
+            type(module).__name__ in ("UpBlock2D", "AttnUpBlock2D")
+            and getattr(module, "upsample_type", "conv") == "conv"
+        ):
+            found[module] = functools.partial(_up_block, module, resnets)
     return found
+
+
+class Concatenated(NamedTuple):
+    """Two images whose channels belong behind each other: what an up block gives a fused resnet, not copied together."""
+
+    below: Tensor
+    skip: Tensor
 
 
 def _plain_resnet(block: Any) -> bool:
@@ -71,7 +87,7 @@ def _resnet(
 ) -> Tensor:
     x = args[0] if args else kwargs["input_tensor"]
     temb = args[1] if len(args) > 1 else kwargs.get("temb")
-    if not _fusable(x):
+    if not isinstance(x, Concatenated) and not _fusable(x, block):
         return forward(*args, **kwargs)
     now = step()
     conv1, conv2, *shortcut = layers
@@ -81,28 +97,72 @@ def _resnet(
     hidden = conv1.from_codes(_normed(block.norm1, conv1, x, now), now)
     codes = _normed(block.norm2, conv2, hidden, now, shift)
     if shortcut:
-        out = conv2.from_codes(codes, now, accumulate=shortcut[0](x, now))
+        out = conv2.from_codes(codes, now, accumulate=_shortcut(shortcut[0], x, now))
     else:
         out = conv2.from_codes(codes, now).add_(x)
     return out if block.output_scale_factor == 1.0 else out.div_(block.output_scale_factor)
 
 
+def _shortcut(layer: OnednnLayer, x: Tensor | Concatenated, step: int) -> Tensor:
+    """A convolution whose input may be in two parts, which are rounded where they lie."""
+    if not isinstance(x, Concatenated):
+        return layer(x, step)
+    codes = [
+        quantize(source, 1, [(0, end - begin, *quantizer)], layer.border)[0]
+        for source, (begin, end, *quantizer) in zip(x, layer.spans(step), strict=True)
+    ]
+    return layer.from_codes(tuple(codes), step)
+
+
 def _normed(
-    norm: nn.GroupNorm, conv: OnednnLayer, x: Tensor, step: int, shift: Tensor | None = None
+    norm: nn.GroupNorm, conv: OnednnLayer, x: Tensor | Concatenated, step: int, shift: Tensor | None = None
 ) -> tuple[Tensor, ...]:
     """Codes of silu(norm(x + shift)) for `conv`."""
-    return norm_silu_quantize(x, norm.num_groups, norm.weight, norm.bias, norm.eps, conv.spans(step), shift)
+    spans = conv.spans(step)
+    return norm_silu_quantize(x, norm.num_groups, norm.weight, norm.bias, norm.eps, spans, shift, border=conv.border)
 
 
-def _upsample(layer: OnednnLayer, step: Step, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def _up_block(
+    block: Any, layers: dict[nn.Module, list[OnednnLayer]], forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Tensor:
+    """UpBlock2D and AttnUpBlock2D without the concatenations, where a resnet can do without."""
+    names = ("hidden_states", "res_hidden_states_tuple", "temb", "upsample_size")
+    given = dict(zip(names, args, strict=False)) | kwargs
+    freeu = any(getattr(block, name, None) for name in ("s1", "s2", "b1", "b2"))
+    if set(given) - set(names) or freeu or not _plain(given["hidden_states"]):
+        return forward(*args, **kwargs)
+    x, skips, temb = given["hidden_states"], list(given["res_hidden_states_tuple"]), given.get("temb")
+    attentions = getattr(block, "attentions", None) or [None] * len(block.resnets)
+    for resnet, attention in zip(block.resnets, attentions, strict=True):
+        pair = Concatenated(x, skips.pop())
+        x = resnet(pair if _takes(resnet, layers.get(resnet), pair) else torch.cat(pair, 1), temb)
+        x = x if attention is None else attention(x)
+    for upsampler in block.upsamplers or ():
+        x = upsampler(x) if hasattr(block, "attentions") else upsampler(x, given.get("upsample_size"))
+    return x
+
+
+def _takes(resnet: nn.Module, layers: list[OnednnLayer] | None, pair: Concatenated) -> bool:
+    """Whether a resnet is fused and quantized in the two parts; a hook on it expects a tensor."""
+    if layers is None or len(layers) < 3 or resnet._forward_hooks or resnet._forward_pre_hooks:
+        return False
+    widths = [image.shape[1] for image in pair]
+    if not _fusable(pair.below, resnet):
+        return False
+    return all([part.end - part.begin for part in layer.parts] == widths for layer in (layers[0], layers[2]))
+
+
+def _upsample(
+    block: nn.Module, layer: OnednnLayer, step: Step, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Tensor:
     x = args[0] if args else kwargs["hidden_states"]
     size = args[1] if len(args) > 1 else kwargs.get("output_size")
-    if not _fusable(x):
+    if not _fusable(x, block):
         return forward(*args, **kwargs)
     now = step()
     scale = {"scale_factor": 2.0} if size is None else {"size": size}
-    codes = (F.interpolate(part, mode="nearest", **scale) for part in layer.quantize(x, now))
-    return layer.from_codes(tuple(part.contiguous(memory_format=torch.channels_last) for part in codes), now)
+    codes = (F.interpolate(part, mode="nearest", **scale) for part in quantize(x, 1, layer.spans(now)))
+    return layer.from_codes(layer.with_border(codes, now), now)
 
 
 def _ending(model: Any, layer: Any, step: Step) -> dict[nn.Module, Around]:
@@ -110,20 +170,28 @@ def _ending(model: Any, layer: Any, step: Step) -> dict[nn.Module, Around]:
     norm, act = getattr(model, "conv_norm_out", None), getattr(model, "conv_act", None)
     if not (isinstance(layer, OnednnLayer) and isinstance(norm, nn.GroupNorm) and isinstance(act, nn.SiLU)):
         return {}
+    ends = nn.ModuleList([norm, act, model.conv_out])
 
     def passed(forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        return args[0] if _fusable(args[0]) else forward(*args, **kwargs)
+        return args[0] if _fusable(args[0], ends) else forward(*args, **kwargs)
 
     def ended(forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        if not _fusable(args[0]):
+        if not _fusable(args[0], ends):
             return forward(*args, **kwargs)
         return layer.from_codes(_normed(norm, layer, args[0], step()), step())
 
     return {norm: passed, act: passed, model.conv_out: ended}
 
 
-def _fusable(x: Tensor) -> bool:
+def _plain(x: Tensor) -> bool:
     return x.dtype == torch.float32 and not torch.is_grad_enabled()
+
+
+def _fusable(x: Tensor, block: nn.Module) -> bool:
+    """Whether to fuse: float32, no gradients, and no hook on a module inside that would miss its call."""
+    return _plain(x) and not any(
+        part._forward_hooks or part._forward_pre_hooks for part in block.modules() if part is not block
+    )
 
 
 class FusedAttention:
@@ -150,7 +218,7 @@ class FusedAttention:
         temb: Tensor | None = None,
     ) -> Tensor:
         simple = encoder_hidden_states is None and attention_mask is None and hidden_states.dim() == 4
-        if not (simple and _fusable(hidden_states) and isinstance(attn.group_norm, nn.GroupNorm)):
+        if not (simple and _fusable(hidden_states, attn) and isinstance(attn.group_norm, nn.GroupNorm)):
             return self.general(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
         x, now = hidden_states, self.step()
         count, channels, height, width = x.shape

@@ -51,7 +51,7 @@ class Reconstruction:
     iters: int = 800
     batch_size: int = 16
     num_tuples: int = 512
-    lr_weight: float = 1e-2
+    lr_weight: float = 0.1
     lr_scale: float = 3e-4
     lr_zero: float = 0.0
     lr_float: float = 0.0

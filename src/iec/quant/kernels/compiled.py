@@ -46,25 +46,31 @@ def quantize_flat(x, scale, zero, top, out):
         out[i] = _code(x[i] / scale, zero, top)
 
 
-def quantize_rows(x, begin, scale, zero, top, out):
-    """Columns begin … begin + K of x (M, C) → out (M, K) uint8."""
-    rows, columns = out.shape
+def quantize_image(x, begin, scale, zero, top, out):
+    """Channels begin … begin + K of x (N, H, W, C) → the middle of out (N, H + 2 rows, W + 2 columns, K) uint8."""
+    count, height, width, _ = x.shape
+    channels = out.shape[3]
+    above, left = (out.shape[1] - height) // 2, (out.shape[2] - width) // 2
     first = np.uint64(begin)
-    for i in prange(rows):
-        for c in range(columns):
-            out[i, c] = _code(x[i, first + np.uint64(c)] / scale, zero, top)
+    for i in prange(count * height):
+        n, y = i // height, i % height
+        for j in range(width):
+            for c in range(channels):
+                out[n, y + above, j + left, c] = _code(x[n, y, j, first + np.uint64(c)] / scale, zero, top)
 
 
-def norm_quantize(x, shift, weight, bias, groups, eps, silu, size, spans, first, second):
-    """GroupNorm(x + shift), SiLU, quantize.
+def norm_quantize(x, rest, shift, weight, bias, groups, eps, silu, size, width, spans, first, second):
+    """GroupNorm of the concatenation of x and rest, plus shift; SiLU; quantize.
 
-    x (N, P, C); shift (N, C); weight, bias (C,); size: pixels that a piece of work has; spans float32 (2, 3): scale, zero
-    point and highest code of the channels that go to `first` (N, P, K) and of those that go to `second` (N, P, C − K).
+    x (N, P, K), rest (N, P, C − K); shift (N, C); weight, bias (C,); size: pixels that a piece of work has; width: pixels in a
+    row of the image; spans float32 (2, 3): scale, zero point and highest code of what becomes of x, in the middle of
+    `first` (N, H + 2 rows, W + 2 columns, K), and of rest, in that of `second`.
     """
-    count, pixels, channels = x.shape
+    count, pixels, split = x.shape
+    channels = split + rest.shape[2]
     pieces = (pixels + size - 1) // size
-    split = first.shape[2]
     beyond = np.uint64(split)
+    above, left = (first.shape[1] - pixels // width) // 2, (first.shape[2] - width) // 2
     each = channels // groups
     pivots = np.empty((count, pieces, channels), np.float32)
     sums = np.empty((count, pieces, channels), np.float32)
@@ -80,15 +86,22 @@ def norm_quantize(x, shift, weight, bias, groups, eps, silu, size, spans, first,
         pivot = np.zeros(channels, np.float32)
         away, square = np.zeros(channels, np.float32), np.zeros(channels, np.float32)
         for p in range(begin, end, 4):
-            for c in range(channels):
+            for c in range(split):
                 pivot[c] += x[n, p, c]
+            for c in range(channels - split):
+                pivot[beyond + np.uint64(c)] += rest[n, p, c]
         for c in range(channels):
             pivot[c] /= F((end - begin + 3) // 4)
         for p in range(begin, end):
-            for c in range(channels):
+            for c in range(split):
                 v = x[n, p, c] - pivot[c]
                 away[c] += v
                 square[c] += v * v
+            for c in range(channels - split):
+                k = beyond + np.uint64(c)
+                v = rest[n, p, c] - pivot[k]
+                away[k] += v
+                square[k] += v * v
         for c in range(channels):
             pivots[n, i % pieces, c] = pivot[c]
             sums[n, i % pieces, c] = away[c]
@@ -123,22 +136,23 @@ def norm_quantize(x, shift, weight, bias, groups, eps, silu, size, spans, first,
         n, begin = i // pieces, (i % pieces) * size
         factor, offset, centre = factors[n], offsets[n], centres[n]
         for p in range(begin, min(begin + size, pixels)):
+            y, j = p // width + above, p % width + left
             if silu:
                 for c in range(split):
-                    y = (x[n, p, c] - centre[c]) * factor[c] + offset[c]
-                    first[n, p, c] = _code(y / (scale_1 + scale_1 * _exp_negative(y)), zero_1, top_1)
+                    v = (x[n, p, c] - centre[c]) * factor[c] + offset[c]
+                    first[n, y, j, c] = _code(v / (scale_1 + scale_1 * _exp_negative(v)), zero_1, top_1)
                 for c in range(channels - split):
                     k = beyond + np.uint64(c)
-                    y = (x[n, p, k] - centre[k]) * factor[k] + offset[k]
-                    second[n, p, c] = _code(y / (scale_2 + scale_2 * _exp_negative(y)), zero_2, top_2)
+                    v = (rest[n, p, c] - centre[k]) * factor[k] + offset[k]
+                    second[n, y, j, c] = _code(v / (scale_2 + scale_2 * _exp_negative(v)), zero_2, top_2)
             else:
                 for c in range(split):
-                    y = (x[n, p, c] - centre[c]) * factor[c] + offset[c]
-                    first[n, p, c] = _code(y / scale_1, zero_1, top_1)
+                    v = (x[n, p, c] - centre[c]) * factor[c] + offset[c]
+                    first[n, y, j, c] = _code(v / scale_1, zero_1, top_1)
                 for c in range(channels - split):
                     k = beyond + np.uint64(c)
-                    y = (x[n, p, k] - centre[k]) * factor[k] + offset[k]
-                    second[n, p, c] = _code(y / scale_2, zero_2, top_2)
+                    v = (rest[n, p, c] - centre[k]) * factor[k] + offset[k]
+                    second[n, y, j, c] = _code(v / scale_2, zero_2, top_2)
 
 
 def add_window_sums(codes, zero, window, factor, fresh, total):
@@ -178,8 +192,11 @@ def add_window_sums(codes, zero, window, factor, fresh, total):
 
 SIGNATURES = {
     quantize_flat: "void(f4[::1], f4, f4, f4, u1[::1])",
-    quantize_rows: "void(f4[:, ::1], i8, f4, f4, f4, u1[:, ::1])",
-    norm_quantize: "void(f4[:, :, ::1], f4[:, ::1], f4[::1], f4[::1], i8, f8, b1, i8, f4[:, ::1], u1[:, :, ::1], u1[:, :, ::1])",
+    quantize_image: "void(f4[:, :, :, ::1], i8, f4, f4, f4, u1[:, :, :, ::1])",
+    norm_quantize: (
+        "void(f4[:, :, ::1], f4[:, :, ::1], f4[:, ::1], f4[::1], f4[::1], i8, f8, b1, i8, i8, f4[:, ::1], "
+        "u1[:, :, :, ::1], u1[:, :, :, ::1])"
+    ),
     add_window_sums: "void(u1[:, :, :, ::1], i8, i8[:, ::1], f4[::1], b1, f4[:, :, :, ::1])",
 }
 

@@ -35,20 +35,21 @@ def engine() -> str:
     return "torch" if _numba() is None else "numba"
 
 
-def quantize(x: Tensor, dim: int, spans: Sequence[Span]) -> tuple[Tensor, ...]:
+def quantize(x: Tensor, dim: int, spans: Sequence[Span], border: tuple[int, int] = (0, 0)) -> tuple[Tensor, ...]:
     """Codes of each range of channels, uint8: clamp(round(x/d) + z, 0, top), half to even, computed in float32.
 
-    x: floating; (N, C, H, W) with dim 1 gives channels_last tensors, anything with dim −1 contiguous ones.
+    x: floating; (N, C, H, W) with dim 1 gives channels_last tensors, anything with dim −1 contiguous ones. border: rows above
+    and below an image and columns beside it that are added and hold the zero point, which must be a code then.
     """
     x = x.detach().float()
     passes = _numba()
     if passes is None or x.numel() == 0:
-        return _quantize_torch(x, dim, spans)
-    return _quantize_numba(passes, x, dim, spans)
+        return _quantize_torch(x, dim, spans, border)
+    return _quantize_numba(passes, x, dim, spans, border)
 
 
 def norm_silu_quantize(
-    x: Tensor,
+    x: Tensor | tuple[Tensor, Tensor],
     groups: int,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -56,21 +57,33 @@ def norm_silu_quantize(
     spans: Sequence[Span],
     shift: Tensor | None = None,
     silu: bool = True,
+    border: tuple[int, int] = (0, 0),
 ) -> tuple[Tensor, ...]:
     """Codes of silu(group_norm(x + shift)), uint8 channels_last (N, C', H, W) for each range of channels.
 
     Args:
-        x: (N, C, H, W), floating, best channels_last.
+        x: (N, C, H, W), floating, best channels_last; or two such images whose channels are put one behind the other.
         groups, weight (C,), bias (C,), eps: of the GroupNorm; None: 1 and 0.
-        spans: the ranges of channels, which tile 0..C, with their quantizers.
+        spans: the ranges of channels, which tile 0..C, with their quantizers; for two images their channels.
         shift: (N, C), added to every pixel before the norm (the time embedding); None: nothing.
         silu: False leaves the SiLU out.
+        border: as for `quantize`.
     """
-    x = x.detach().float()
+    parts = [image.detach().float() for image in (x if isinstance(x, tuple) else (x,))]
     passes = _numba()
-    if passes is None or x.numel() == 0 or len(spans) > 2:
-        return _norm_torch(x, groups, weight, bias, eps, spans, shift, silu)
-    return _norm_numba(passes, x, groups, weight, bias, eps, spans, shift, silu)
+    if passes is None or parts[0].numel() == 0 or len(spans) > 2:
+        return _norm_torch(torch.cat(parts, 1), groups, weight, bias, eps, spans, shift, silu, border)
+    if len(parts) < len(spans):
+        parts = [parts[0][:, begin:end] for begin, end, *_ in spans]
+    elif len(parts) > len(spans):
+        parts = [torch.cat(parts, 1)]
+    return _norm_numba(passes, parts, groups, weight, bias, eps, spans, shift, silu, border)
+
+
+def bordered(codes: Tensor, border: tuple[int, int], zero: int) -> Tensor:
+    """Codes (N, C, H, W) with rows above and below and columns at the sides that hold the zero point; channels_last."""
+    rows, columns = border
+    return F.pad(codes, (columns, columns, rows, rows), value=zero).contiguous(memory_format=torch.channels_last)
 
 
 def add_window_sums(codes: Tensor, zero: int, window: Tensor, factor: Tensor, total: Tensor, fresh: bool) -> bool:
@@ -90,26 +103,27 @@ def add_window_sums(codes: Tensor, zero: int, window: Tensor, factor: Tensor, to
 # --- torch ------------------------------------------------------------------------------------------------------------
 
 
-def _quantize_torch(x: Tensor, dim: int, spans: Sequence[Span]) -> tuple[Tensor, ...]:
+def _quantize_torch(x: Tensor, dim: int, spans: Sequence[Span], border: tuple[int, int]) -> tuple[Tensor, ...]:
     form = torch.channels_last if dim == 1 else torch.contiguous_format
     codes = []
     for begin, end, scale, zero, top in spans:
         t = x.narrow(dim, begin, end - begin) / scale
         t = t.round_().add_(zero).nan_to_num_(nan=0.0).clamp_(0, top)
-        codes.append(t.to(torch.uint8).contiguous(memory_format=form))
+        t = t.to(torch.uint8)
+        codes.append(bordered(t, border, zero) if any(border) else t.contiguous(memory_format=form))
     return tuple(codes)
 
 
 def _norm_torch(
     x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, spans: Sequence[Span],
-    shift: Tensor | None, silu: bool,
+    shift: Tensor | None, silu: bool, border: tuple[int, int],
 ) -> tuple[Tensor, ...]:  # fmt: skip
     if shift is not None:
         x = x + shift.float()[:, :, None, None]
     weight = None if weight is None else weight.detach().float()
     bias = None if bias is None else bias.detach().float()
     y = F.group_norm(x, groups, weight, bias, eps)
-    return _quantize_torch(F.silu(y, inplace=True) if silu else y, 1, spans)
+    return _quantize_torch(F.silu(y, inplace=True) if silu else y, 1, spans, border)
 
 
 # --- numba ------------------------------------------------------------------------------------------------------------
@@ -146,7 +160,7 @@ def _load() -> SimpleNamespace | None:
             passes = compiled.compile_all(cache=True)
         except (RuntimeError, OSError):  # no folder for the cache, or none that can be written
             passes = compiled.compile_all(cache=False)
-        passes.process = os.getpid()
+        passes.process, passes.threads = os.getpid(), numba.config.NUMBA_NUM_THREADS  # pyright: ignore
         codes = torch.empty(1, dtype=torch.uint8)
         _run(passes, passes.quantize_flat, torch.zeros(1).numpy(), 1.0, 0, 255, codes.numpy())
         return passes if numba.threading_layer() in ("omp", "tbb") else None
@@ -160,58 +174,68 @@ def _load() -> SimpleNamespace | None:
 def _run(passes: SimpleNamespace, function: Callable[..., Any], *arguments: Any) -> None:
     """Call a compiled pass with torch's number of threads."""
     numba = passes.numba
-    before = numba.get_num_threads()
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+    before, wanted = numba.get_num_threads(), min(torch.get_num_threads(), passes.threads)
+    if before == wanted:
+        function(*arguments)
+        return
+    numba.set_num_threads(wanted)
     try:
         function(*arguments)
     finally:
         numba.set_num_threads(before)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """(N, C, H, W) as (N, H·W, C), contiguous: a view of a channels_last tensor."""
-    return x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, x.shape[1]).contiguous()
+def _image(x: Tensor) -> Tensor:
+    """(N, C, H, W) as (N, H, W, C), contiguous: a view of a channels_last tensor."""
+    return x.permute(0, 2, 3, 1).contiguous()
 
 
-def _quantize_numba(passes: SimpleNamespace, x: Tensor, dim: int, spans: Sequence[Span]) -> tuple[Tensor, ...]:
-    if dim == 1 and len(spans) == 1 and x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last):
-        codes = torch.empty(x.shape, dtype=torch.uint8)  # quantized as it lies, a quarter of the bytes is turned round
+def _empty(image: Tensor, channels: int, border: tuple[int, int], zero: int) -> Tensor:
+    """Room for the codes of an image (N, H, W, C) and its border, which is written already."""
+    shape = (len(image), image.shape[1] + 2 * border[0], image.shape[2] + 2 * border[1], channels)
+    return torch.full(shape, zero, dtype=torch.uint8) if any(border) else torch.empty(shape, dtype=torch.uint8)
+
+
+def _quantize_numba(
+    passes: SimpleNamespace, x: Tensor, dim: int, spans: Sequence[Span], border: tuple[int, int]
+) -> tuple[Tensor, ...]:
+    turned = dim == 1 and not x.is_contiguous(memory_format=torch.channels_last)
+    if len(spans) == 1 and not any(border) and (dim != 1 or turned) and x.is_contiguous():
+        codes = torch.empty(x.shape, dtype=torch.uint8)  # quantized as it lies, so a quarter of the bytes is turned round
         _run(passes, passes.quantize_flat, x.view(-1).numpy(), *spans[0][2:], codes.view(-1).numpy())
-        return (codes.contiguous(memory_format=torch.channels_last),)
-    rows = _rows(x) if dim == 1 else x.contiguous()
-    flat = rows.view(-1, rows.shape[-1])
+        return (codes.contiguous(memory_format=torch.channels_last) if dim == 1 else codes,)
+    image = _image(x) if dim == 1 else x.contiguous().view(1, 1, -1, x.shape[-1])
     found = []
-    for begin, end, *quantizer in spans:
-        codes = torch.empty((*rows.shape[:-1], end - begin), dtype=torch.uint8)
-        if end - begin == rows.shape[-1]:
-            _run(passes, passes.quantize_flat, flat.view(-1).numpy(), *quantizer, codes.view(-1).numpy())
+    for begin, end, scale, zero, top in spans:
+        codes = _empty(image, end - begin, border, zero)
+        if end - begin == image.shape[-1] and not any(border):
+            _run(passes, passes.quantize_flat, image.view(-1).numpy(), scale, zero, top, codes.view(-1).numpy())
         else:
-            _run(passes, passes.quantize_rows, flat.numpy(), begin, *quantizer, codes.view(len(flat), -1).numpy())
-        found.append(_image(codes, x) if dim == 1 else codes)
+            _run(passes, passes.quantize_image, image.numpy(), begin, scale, zero, top, codes.numpy())
+        found.append(codes.permute(0, 3, 1, 2) if dim == 1 else codes.view(*x.shape[:-1], -1))
     return tuple(found)
 
 
-def _image(codes: Tensor, like: Tensor) -> Tensor:
-    """Codes (N, H·W, K) as (N, K, H, W) channels_last."""
-    return codes.view(like.shape[0], *like.shape[2:], -1).permute(0, 3, 1, 2)
-
-
 def _norm_numba(
-    passes: SimpleNamespace, x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float,
-    spans: Sequence[Span], shift: Tensor | None, silu: bool,
+    passes: SimpleNamespace, parts: Sequence[Tensor], groups: int, weight: Tensor | None, bias: Tensor | None, eps: float,
+    spans: Sequence[Span], shift: Tensor | None, silu: bool, border: tuple[int, int],
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    count, channels = x.shape[:2]
+    count, channels = len(parts[0]), sum(part.shape[1] for part in parts)
     if channels % groups:
         raise ValueError(f"{channels} channels do not divide into {groups} groups")
-    rows = _rows(x)
+    images = [_image(part) for part in parts]
+    width, pixels = images[0].shape[2], images[0].shape[1] * images[0].shape[2]
     shift = torch.zeros((count, channels)) if shift is None else shift.detach().float().expand(count, -1).contiguous()
     weight = torch.ones(channels) if weight is None else weight.detach().float().contiguous()
     bias = torch.zeros(channels) if bias is None else bias.detach().float().contiguous()
-    codes = [torch.empty((*rows.shape[:2], end - begin), dtype=torch.uint8) for begin, end, *_ in spans]
-    second = codes[1] if len(codes) > 1 else torch.empty((*rows.shape[:2], 0), dtype=torch.uint8)
+    codes = [_empty(image, image.shape[-1], border, span[3]) for image, span in zip(images, spans, strict=True)]
+    rows = [image.view(count, pixels, -1) for image in images]
+    if len(rows) == 1:
+        rows.append(rows[0].new_empty((count, pixels, 0)))
+    second = codes[1] if len(codes) > 1 else codes[0].new_empty((*codes[0].shape[:3], 0))
     quantizers = torch.tensor([spans[0][2:], spans[-1][2:]], dtype=torch.float32)
     _run(
-        passes, passes.norm_quantize, rows.numpy(), shift.numpy(), weight.numpy(), bias.numpy(), groups, eps, silu,
-        max(16, PIECE // channels), quantizers.numpy(), codes[0].numpy(), second.numpy(),
+        passes, passes.norm_quantize, rows[0].numpy(), rows[1].numpy(), shift.numpy(), weight.numpy(), bias.numpy(), groups,
+        eps, silu, max(16, PIECE // channels), width, quantizers.numpy(), codes[0].numpy(), second.numpy(),
     )  # fmt: skip
-    return tuple(_image(part, x) for part in codes)
+    return tuple(part.permute(0, 3, 1, 2) for part in codes)

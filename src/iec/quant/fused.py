@@ -2,9 +2,10 @@
 
 A resnet block becomes: norm + SiLU + rounding in one pass, an integer convolution, the same again with the time embedding folded
 into the norm, and a second convolution that adds itself onto the shortcut. An up block does not copy its concatenations together.
-An upsampler rounds before it enlarges, which is the same (nearest neighbour) and touches a quarter of the memory. Attention over a
-picture rounds its norm's output once for query, key and value. The last norm, SiLU and convolution become one. The numbers are
-those of the separate layers up to float rounding.
+An upsampler rounds before it enlarges, which is the same (nearest neighbour) and touches a quarter of the memory. Attention over
+a picture rounds its norm's output once for query, key and value. The last norm, SiLU and convolution become one.
+
+The numbers are those of the separate layers up to float rounding, which may turn a code that lies between two.
 """
 
 from __future__ import annotations

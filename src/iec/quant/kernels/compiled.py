@@ -40,6 +40,24 @@ def _exp_negative(y):
     return p * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
 
 
+@njit(inline="always", fastmath=FAST)
+def _add_moments(x, pivot, away, square):
+    """away[c] += Σ (x − pivot), square[c] += Σ (x − pivot)² over the rows of x (P, C), four rows at a time."""
+    rows, channels = x.shape
+    whole = rows - rows % 4
+    for p in range(0, whole, 4):
+        for c in range(channels):
+            a, b = x[p, c] - pivot[c], x[p + 1, c] - pivot[c]
+            d, e = x[p + 2, c] - pivot[c], x[p + 3, c] - pivot[c]
+            away[c] += (a + b) + (d + e)
+            square[c] += (a * a + b * b) + (d * d + e * e)
+    for p in range(whole, rows):
+        for c in range(channels):
+            a = x[p, c] - pivot[c]
+            away[c] += a
+            square[c] += a * a
+
+
 def quantize_flat(x, scale, zero, top, out):
     """x (M,) → out (M,) uint8."""
     for i in prange(x.size):
@@ -92,16 +110,8 @@ def norm_quantize(x, rest, shift, weight, bias, groups, eps, silu, size, width, 
                 pivot[beyond + np.uint64(c)] += rest[n, p, c]
         for c in range(channels):
             pivot[c] /= F((end - begin + 3) // 4)
-        for p in range(begin, end):
-            for c in range(split):
-                v = x[n, p, c] - pivot[c]
-                away[c] += v
-                square[c] += v * v
-            for c in range(channels - split):
-                k = beyond + np.uint64(c)
-                v = rest[n, p, c] - pivot[k]
-                away[k] += v
-                square[k] += v * v
+        _add_moments(x[n, begin:end], pivot[:split], away[:split], square[:split])
+        _add_moments(rest[n, begin:end], pivot[split:], away[split:], square[split:])
         for c in range(channels):
             pivots[n, i % pieces, c] = pivot[c]
             sums[n, i % pieces, c] = away[c]

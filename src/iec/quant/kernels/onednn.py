@@ -35,14 +35,8 @@ NEEDED = {
     "qlinear_prepack.default": "weight x_shape",
     "qconv2d_pointwise.default": "qx x_scale x_zero_point qw w_scale w_zero_point bias stride padding dilation groups"
     " output_scale output_zero_point output_dtype attr scalars algorithm",
-    "qconv2d_pointwise.binary": "qx x_scale x_zero_point qw w_scale w_zero_point qaccum bias stride padding dilation groups"
-    " output_scale output_zero_point output_dtype accum_scale accum_zero_point binary_attr alpha"
-    " unary_attr unary_scalars unary_algorithm",
     "qlinear_pointwise.default": "qx x_scale x_zero_point qw w_scale w_zero_point bias"
     " output_scale output_zero_point output_dtype post_op_name post_op_args post_op_algorithm",
-    "qlinear_pointwise.binary": "qx x_scale x_zero_point qw w_scale w_zero_point other bias"
-    " output_scale output_zero_point output_dtype other_scale other_zp binary_post_op binary_alpha"
-    " unary_post_op unary_post_op_args unary_post_op_algorithm",
 }
 
 
@@ -106,18 +100,10 @@ class OnednnPart:
             bias = self.folded * shift if bias is None else torch.add(bias, self.folded, alpha=shift)
         elif zero != self.steps.zero[step]:
             total = self._add_rest(codes, step, total)
+        # oneDNN's own sum (the operators' "binary" overloads) is no faster: torch copies the total for it.
         if total is None:
             return self._run(codes, scale, zero, self.packed, self.scale, bias, dtype)
-        at = self.at
-        given = (codes, scale, zero, self.packed, self.scale, self.zeros, total, bias)
-        if at.kind == "linear":
-            torch.ops.onednn.qlinear_pointwise.binary(*given, 1.0, 0, torch.float32, 1.0, 0, "sum", 1.0, "none", [], "")
-        else:
-            torch.ops.onednn.qconv2d_pointwise.binary(
-                *given, at.stride, at.padding, at.dilation, at.groups,
-                1.0, 0, torch.float32, 1.0, 0, "sum", 1.0, "none", [], "",
-            )  # fmt: skip
-        return total
+        return total.add_(self._run(codes, scale, zero, self.packed, self.scale, bias, torch.float32))
 
     def _add_rest(self, codes: Tensor, step: int, total: Tensor | None) -> Tensor:
         """d_x d_w[o] Σ (cut zero point − z_x) w[o], the same for all samples, added to `total` or alone."""

@@ -201,7 +201,9 @@ def _quantize_numba(
 ) -> tuple[Tensor, ...]:
     turned = dim == 1 and not x.is_contiguous(memory_format=torch.channels_last)
     if len(spans) == 1 and not any(border) and (dim != 1 or turned) and x.is_contiguous():
-        codes = torch.empty(x.shape, dtype=torch.uint8)  # quantized as it lies, so a quarter of the bytes is turned round
+        codes = torch.empty(
+            x.shape, dtype=torch.uint8
+        )  # quantized as it lies, so a quarter of the bytes is turned round
         _run(passes, passes.quantize_flat, x.view(-1).numpy(), *spans[0][2:], codes.view(-1).numpy())
         return (codes.contiguous(memory_format=torch.channels_last) if dim == 1 else codes,)
     image = _image(x) if dim == 1 else x.contiguous().view(1, 1, -1, x.shape[-1])

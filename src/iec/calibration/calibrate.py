@@ -96,6 +96,17 @@ class Observation:
             capture.load_state(_under(f"tuples/{name}/", state), plain["templates"][name])
         self.timesteps = tuple(state["timesteps"].tolist())
 
+    def outputs(self, config: QuantConfig) -> dict[str, str]:
+        """The last layer of each denoiser, if its bias is to be corrected."""
+        if config.bias_correction == "none":
+            return {}
+        return {
+            name: site.name.removeprefix(f"{name}.")
+            for name, observers in self.observers.items()
+            for site in observers.sites.layers
+            if site.last
+        }
+
     def result(self, config: QuantConfig) -> Quantization:
         """The quantized layers and products of all denoisers."""
         layers, products, skipped = {}, {}, {}
@@ -199,7 +210,9 @@ def calibrate(
                 progress("reconstruction", units_done, units)
 
         tuples = {name: capture.result() for name, capture in observation.captures.items()}
-        quantization = reconstructed(observation.models, quantization, tuples, reconstruct, finished, after)
+        quantization = reconstructed(
+            observation.models, quantization, tuples, reconstruct, observation.outputs(config), finished, after
+        )
     calibration = Calibration(about(pipe, timesteps), quantization)
     if checkpoint_path is not None:
         Path(checkpoint_path).unlink(missing_ok=True)

@@ -45,10 +45,14 @@ def reconstructed(
     quant: Quantization,
     tuples: dict[str, Tuples],
     options: Reconstruction,
+    outputs: dict[str, str],
     finished: Finished,
     after: Callable[[int, int], None],
 ) -> Quantization:
-    """`quant` with reconstructed layers; `after(done, units)` is called after each unit, whose outcome `finished` then holds."""
+    """`quant` with reconstructed layers; `after(done, units)` is called after each unit, whose outcome `finished` then holds.
+
+    `outputs`: of denoisers whose mean output is to be corrected, the last layer ("conv_out").
+    """
     units = 0
     for component, model in models.items():
         prefix = f"{component}."
@@ -63,6 +67,7 @@ def reconstructed(
             _within(quant.products, prefix),
             tuples[component],
             options,
+            outputs.get(component),
             finished.of(component),
             count,
         )

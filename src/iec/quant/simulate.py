@@ -69,8 +69,10 @@ class Simulation:
     def _product(self, x: Tensor, table: StepScales) -> Tensor:
         return table(x, self.steps) if self.quantized else x
 
-    def units(self, kind: Literal["block", "layer"], wanted: list[str], data: Any) -> dict[str, list[str]]:
-        """Units in the order in which they run, with those of their layers that are `wanted`.
+    def units(
+        self, kind: Literal["block", "layer"], wanted: list[str], data: Any, also: str | None = None
+    ) -> dict[str, list[str]]:
+        """Units in the order in which they run, with those of their layers that are `wanted`; `also` is looked at as well.
 
         A unit that runs more than once in a forward is left out: it has no one input. Two forwards of different batch sizes
         tell which of a unit's inputs and outputs have rows of the batch.
@@ -78,6 +80,7 @@ class Simulation:
         found: dict[str, list[str]] = {}
         for name in wanted:
             found.setdefault(name if kind == "layer" else self._block(name), []).append(name)
+        watched = list(dict.fromkeys([*found, *([also] if also is not None else [])]))
         order: list[str] = []
         seen: list[dict[str, tuple[dict[str, int], dict[str, int]]]] = []
         for size in (2, 3):
@@ -92,7 +95,7 @@ class Simulation:
                 self.model.get_submodule(unit).register_forward_hook(
                     functools.partial(ran, unit=unit), with_kwargs=True
                 )
-                for unit in found
+                for unit in watched
             ]
             try:
                 self._run(data, places, quantized=False)
@@ -101,9 +104,9 @@ class Simulation:
                     hook.remove()
             seen.append(sizes)
         times = Counter(order)
-        units = {unit: found[unit] for unit in dict.fromkeys(order) if times[unit] == 2}
-        self.factors = {unit: (_factors(seen, unit, 0), _factors(seen, unit, 1)) for unit in units}
-        return units
+        once = [unit for unit in dict.fromkeys(order) if times[unit] == 2]
+        self.factors = {unit: (_factors(seen, unit, 0), _factors(seen, unit, 1)) for unit in once}
+        return {unit: found[unit] for unit in once if unit in found}
 
     def _block(self, name: str) -> str:
         """The outermost block around a layer, or the layer itself."""
@@ -185,12 +188,20 @@ class Simulation:
             yield out[path] - store.get(places, self.device)
 
     def loss(self, unit: str, record: Record, places: Tensor, exact: Tensor | None) -> Tensor:
-        """Squared error, summed over channels and averaged over everything else (BRECQ's)."""
+        """Mean squared error of the unit's output for the tuples at `places`, with gradients."""
+        differences = list(self.differences(unit, record, places, exact))
+        total: Any = sum(difference.square().sum() for difference in differences)
+        return total / sum(difference.numel() for difference in differences)
+
+    @torch.no_grad()
+    def shift(self, unit: str, record: Record, size: int) -> Tensor:
+        """Mean of output minus target per channel, over all tuples, of a unit that returns one tensor."""
         total: Any = 0.0
-        for difference in self.differences(unit, record, places, exact):
-            channels = difference.shape[1] if difference.dim() == 4 else difference.shape[-1]
-            total = total + difference.square().mean() * channels
-        return total
+        for places in _chunks(len(record.steps), size):
+            (difference,) = self.differences(unit, record, places)
+            channels = difference.movedim(1, -1) if difference.dim() == 4 else difference
+            total = total + channels.reshape(-1, channels.shape[-1]).double().mean(0) * len(places)
+        return (total / len(record.steps)).float()
 
     @torch.no_grad()
     def error(self, unit: str, record: Record, size: int) -> float:

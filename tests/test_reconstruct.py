@@ -301,15 +301,15 @@ def test_the_simulation_is_the_quantized_model_with_a_step_per_row(name: str) ->
 
     places = torch.arange(len(tuples))
     mixed, single = simulated(), simulated()
-    mixed._at(tuples.steps, True)
+    mixed.at(tuples.steps, True)
     with torch.no_grad():
         whole = mixed.model(**tuples.batch(places, torch.device("cpu")))[0]
         exact = model(**tuples.batch(places, torch.device("cpu")))[0]
         for place in places:
-            single._at(tuples.steps[place][None], True)
+            single.at(tuples.steps[place][None], True)
             alone = single.model(**tuples.batch(place[None], torch.device("cpu")))[0]
             assert float((alone[0] - whole[place]).norm() / (exact[place] - whole[place]).norm()) < 0.1
-        mixed._at(tuples.steps, False)
+        mixed.at(tuples.steps, False)
         torch.testing.assert_close(
             mixed.model(**tuples.batch(places, torch.device("cpu")))[0], exact, atol=1e-4, rtol=1e-4
         )
@@ -413,7 +413,7 @@ def test_the_error_of_the_whole_model_falls_on_tuples_not_seen() -> None:
             layers = {key.removeprefix("unet."): value for key, value in made.layers.items()}
             products = {key.removeprefix("unet."): value for key, value in made.products.items()}
             simulation = Simulation(copy.deepcopy(model), layers, products)
-            simulation._at(tuples.steps, True)
+            simulation.at(tuples.steps, True)
             errors.append(float((simulation.model(**batch)[0] - exact).square().mean()))
     assert errors[1] < 0.75 * errors[0]
 

@@ -56,6 +56,8 @@ def reconstructed(
     units = 0
     for component, model in models.items():
         prefix = f"{component}."
+        if not len(tuples[component]):  # it never ran
+            continue
 
         def count(names: list[str]) -> None:
             nonlocal units

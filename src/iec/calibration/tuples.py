@@ -78,6 +78,8 @@ class Capture:
         tree = self._arguments(args, kwargs)
         tensors = dict(rows.leaves(tree))
         batch = next(iter(tensors.values())).shape[0]
+        if batch % count:  # a part of the samples: whose rows they are is not known
+            return
         self._expand_times(tree, tensors, batch)
         batched = {
             path: value

@@ -159,10 +159,11 @@ class Simulation:
 
     @torch.no_grad()
     def _run(self, data: Any, places: Tensor, quantized: bool) -> None:
-        self._at(data.steps[places], quantized)
+        self.at(data.steps[places], quantized)
         self.model(**data.batch(places, self.device))
 
-    def _at(self, steps: Tensor, quantized: bool) -> None:
+    def at(self, steps: Tensor, quantized: bool) -> None:
+        """Evaluate rows at `steps` from now on, as quantized or in full precision."""
         self.steps, self.quantized = steps.to(self.device), quantized
 
     def differences(self, unit: str, record: Record, places: Tensor, exact: Tensor | None = None) -> Iterator[Tensor]:
@@ -182,7 +183,7 @@ class Simulation:
             return value
 
         args, kwargs = rows.fill(record.template, tensor)
-        self._at(record.steps[places], quantized=True)
+        self.at(record.steps[places], quantized=True)
         out = dict(rows.leaves(self.model.get_submodule(unit)(*args, **kwargs)))
         for path, store in record.targets.items():
             yield out[path] - store.get(places, self.device)

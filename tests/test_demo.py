@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from PIL import Image
 
-from iec.bench.arms import Arm, Outcome, run_arm
+import iec
+from iec.artifact.calibration import Calibration
+from iec.artifact.describe import bundled
+from iec.bench.arms import Arm, Outcome, rescheduled, run_arm
+from iec.bench.calibrations import calibration_name
 from iec.bench.demo import ARMS, demo
-from iec.bench.page import spent
+from iec.bench.page import mib, spent
 from iec.bench.reading import reading
 from iec.caches import DeepCache
 from iec.evaluate.sampling import sample
+from iec.pipeline.models import calibrations
+from iec.pipeline.origin import origin
 from iec.pipeline.unconditional import UnconditionalPipeline
+from iec.quant.kernels import choose
 
 
 def tiny() -> DDIMPipeline:
@@ -50,6 +59,42 @@ def test_an_arm_is_counted_and_leaves_the_model_as_it_was(arm: Arm, evaluations:
     assert torch.equal(sample(pipe, [1, 2, 3], 4), before)
 
 
+def test_a_quantized_arm_is_counted_weighed_and_taken_off() -> None:
+    pipe = tiny()
+    before = sample(pipe, [1, 2, 3], 10)
+    calibration = iec.calibrate(pipe, num_inference_steps=10, num_samples=2)
+    plain = run_arm(pipe, Arm("plain", "plain", 10), [1, 2, 3], 2, before)
+    arm = Arm("corrected", "corrected", 10, quant="w8a8", steps="first:3")
+    outcome = run_arm(pipe, arm, [1, 2, 3], 2, before, calibration)
+    assert outcome.evaluations == 13
+    assert outcome.kernel == choose("auto", "cpu").name and plain.kernel is None
+    assert plain.weights == 4 * sum(p.numel() for p in pipe.unet.parameters())
+    assert outcome.weights == plain.weights - calibration.float_bytes + calibration.weight_bytes
+    with iec.quantize(pipe, calibration), iec.enable(pipe, steps="first:3"):
+        assert torch.equal(sample(pipe, [1, 2, 3], 10, 2), outcome.images)
+    assert torch.equal(sample(pipe, [1, 2, 3], 10), before)
+    with pytest.raises(ValueError, match="'corrected' has a quantized denoiser, so it needs a calibration"):
+        run_arm(pipe, arm, [1], 1)
+    assert torch.equal(sample(pipe, [1, 2, 3], 10), before)
+
+
+def test_the_bundled_calibrations_are_those_of_the_demo_and_no_weights_of_the_model() -> None:
+    pipe, found = iec.load("fashion-mnist"), calibrations("fashion-mnist")
+    needed = {calibration_name(arm): arm for arm in ARMS if arm.quant is not None}
+    assert set(found) == set(needed) == {"w8a8-50", "w8a8-60-euler"}
+    for name, arm in needed.items():
+        calibration = Calibration.load(found[name])
+        made = calibration.origin
+        here = rescheduled(pipe, arm)
+        here.scheduler.set_timesteps(arm.num_inference_steps)
+        assert made.mismatch(origin(here, here.scheduler.timesteps.tolist())) == []
+        assert calibration.weight_bytes < 0.27 * calibration.float_bytes
+    about = bundled()["fashion-mnist"]
+    assert list(about["values"]) == ["unet/diffusion_pytorch_model.safetensors"]
+    assert about["calibrations"] == [f"calibration-{name}" for name in sorted(found)]
+    assert calibrations("no such model") == {}
+
+
 def test_the_unconditional_pipeline_is_diffusers_own_with_ddim() -> None:
     pipe = tiny()
     assert torch.equal(sample(UnconditionalPipeline(pipe.unet, pipe.scheduler), [0, 1], 5), sample(pipe, [0, 1], 5))
@@ -60,30 +105,43 @@ def test_the_unconditional_pipeline_is_diffusers_own_with_ddim() -> None:
 def test_the_demo_writes_numbers_picture_and_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "model"
     tiny().save_pretrained(folder)
+    shorter = [replace(arm, num_inference_steps=arm.num_inference_steps // 5) for arm in ARMS]
+    monkeypatch.setattr("iec.bench.demo.ARMS", shorter)
+    monkeypatch.setattr("iec.bench.calibrations.SAMPLES", 2)
     monkeypatch.setattr("iec.bench.demo.FINE", Arm("fine", "reference", 12, scheduler="DPMSolverMultistepScheduler"))
     names: list[str] = []
     report = demo(str(folder), num=3, out=tmp_path / "out", progress=lambda name, *_: names.append(name))
     rows = json.loads(report.results.read_text())
-    assert [row["name"] for row in rows] == names == ["fine", *(arm.name for arm in ARMS)]
+    assert [row["name"] for row in rows] == ["fine", *(arm.name for arm in ARMS)]
+    made = ["calibrating W8A8, 50 steps", "calibrating W8A8, 60 steps (Euler)"]
+    assert [name for name in names if name in made] == made
+    assert [name for name in names if name not in made] == [row["name"] for row in rows]
     assert rows[0]["psnr"] is None and all(row["psnr"] > 0 for row in rows[1:])
     by_name = {row["name"]: row for row in rows}
-    assert by_name["DDIM, 50 steps + IEC all"]["evaluations"] == 100
+    assert by_name["DDIM, 50 steps + IEC all"]["evaluations"] == 20
+    assert by_name["W8A8, 50 steps + IEC first:1/10"]["evaluations"] == 11
+    assert by_name["W8A8, 60 steps (Euler)"]["weights"] < by_name["DDIM, 50 steps"]["weights"]
+    kernel = choose("auto", "cpu").name
+    assert all(row["kernel"] == (kernel if row["quant"] == "w8a8" else None) for row in rows)
     with Image.open(report.grid) as picture:
         assert picture.height > len(rows) * 16
         assert len(set(picture.convert("L").tobytes())) > 50
     page = report.html.read_text()
     assert all(arm.name.replace("&", "&amp;") in page for arm in ARMS)
+    assert f"“{kernel}”" in page
     assert "http" not in page.replace("http://www.w3.org", ""), "the page must be self-contained"
     assert "data:image/png;base64," in page
     with pytest.raises(ValueError, match="at least one image"):
         demo(str(folder), num=0)
 
 
-def test_the_reading_follows_the_numbers() -> None:
-    def outcome(name: str, kind: str, evaluations: int, psnr: float | None) -> Outcome:
-        arm = Arm(name, kind, 50)  # pyright: ignore[reportArgumentType]
-        return Outcome(arm, torch.zeros(1), evaluations, 0, 1.0, 0.1, psnr)
+def outcome(name: str, kind: str, evaluations: int, psnr: float | None, seconds: float = 1.0, **arm: Any) -> Outcome:
+    weights = 1_000_000 if arm.get("quant") else 4_000_000
+    shown = Arm(name, kind, 50, **arm)  # pyright: ignore[reportArgumentType]
+    return Outcome(shown, torch.zeros(1), evaluations, 0, seconds, weights, rmse=0.1, psnr=psnr)
 
+
+def test_the_reading_follows_the_numbers() -> None:
     outcomes = [
         outcome("fine", "reference", 200, None),
         outcome("plain", "plain", 50, 30.0),
@@ -100,3 +158,23 @@ def test_the_reading_follows_the_numbers() -> None:
     assert "2.0 dB farther than without" in hurts and "2.5 dB farther than more steps" in hurts
     assert "no closer and no farther than without" in even
     assert spent(outcomes[1]) == "50"
+
+
+def test_the_reading_compares_quantized_arms_with_their_like() -> None:
+    outcomes = [
+        outcome("fine", "reference", 200, None),
+        outcome("plain", "plain", 50, 30.0, seconds=2.0),
+        outcome("far more steps", "control", 100, 40.0),
+        outcome("w8a8", "plain", 50, 28.0, quant="w8a8"),
+        outcome("a few", "corrected", 60, 29.0, quant="w8a8"),
+        outcome("more w8a8 steps", "control", 60, 28.5, quant="w8a8"),
+        outcome("all", "corrected", 100, 27.0, quant="w8a8"),
+    ]
+    assert reading(outcomes) == [
+        "w8a8: 2.0 times as fast as plain, with 0.25 times its weights, and 2.0 dB farther from the fine solution.",
+        "a few (60 evaluations): 1.0 dB closer than without the correction, and 0.5 dB closer than more w8a8 steps "
+        "(60 evaluations).",
+        "all (100 evaluations): 1.0 dB farther than without the correction, and 13.0 dB farther than far more steps "
+        "(100 evaluations).",
+    ]
+    assert mib(outcomes[1]) == "3.8"

@@ -61,7 +61,11 @@ def describe(folder: str | os.PathLike[str]) -> dict[str, Any]:
         index = _read(folder / "model_index.json")
         parts = {k: v[1] for k, v in index.items() if isinstance(v, list) and len(v) == 2 and v[1]}
         about |= {"kind": "pipeline", "class": index.get("_class_name"), "components": parts}
-        about["values"] = parameters(folder)
+        beside = sorted(file.parent.name for file in folder.glob("*/calibration.json"))
+        values = parameters(folder)
+        about["values"] = {name: count for name, count in values.items() if Path(name).parts[0] not in beside}
+        if beside:
+            about["calibrations"] = beside
     elif (folder / "checkpoint.safetensors").is_file():
         about |= {"kind": "training run", **_checkpoint(folder / "checkpoint.safetensors")}
         about["finished"] = (folder / "model").is_dir()

@@ -9,6 +9,7 @@ from typing import Any
 
 from iec.artifact.files import replacing, write_json, write_text
 from iec.bench.arms import Arm, Outcome, run_arm
+from iec.bench.calibrations import Calibrations
 from iec.bench.page import comparison_grid, page
 from iec.caches import DeepCache
 from iec.evaluate.features import feature_networks
@@ -28,6 +29,11 @@ ARMS = (
     Arm("DDIM (Euler), 60 steps", "control", 60, scheduler=EULER),
     Arm(f"DDIM, {T} steps + IEC all", "corrected", T, steps="all"),
     Arm("DDIM (Euler), 100 steps", "control", 100, scheduler=EULER),
+    Arm(f"W8A8, {T} steps", "plain", T, quant="w8a8"),
+    Arm(f"W8A8, {T} steps + IEC first:1/10", "corrected", T, quant="w8a8", steps="first:1/10"),
+    Arm(f"W8A8, {T} steps + IEC ends:1/10", "corrected", T, quant="w8a8", steps="ends:1/10"),
+    Arm("W8A8, 60 steps (Euler)", "control", 60, scheduler=EULER, quant="w8a8"),
+    Arm(f"W8A8, {T} steps + IEC all", "corrected", T, quant="w8a8", steps="all"),
     Arm(f"DeepCache 1:5, {T} steps", "plain", T, cache=CACHE),
     Arm(f"DeepCache 1:5, {T} steps + IEC refresh&ends:1/10", "corrected", T, cache=CACHE, steps="refresh & ends:1/10"),
     Arm(f"DeepCache 1:5, {T} steps + IEC refresh", "corrected", T, cache=CACHE, steps="refresh"),
@@ -55,7 +61,9 @@ def demo(
 ) -> Report:
     """Run every arm on the seeds `seed` … `seed + num − 1` and write grid.png, index.html and results.json to `out`.
 
-    `progress(name, done, total)` is called before each arm. Raises ValueError for an unknown model or `num` below 1.
+    A quantized denoiser has a calibration that is bundled with the model, or one that is made here, on a few samples of other
+    seeds. `progress(name, done, total)` is called before each arm and calibration, of which `done` arms are finished. Raises
+    ValueError for an unknown model or `num` below 1.
     """
     if num < 1:
         raise ValueError(f"num is {num}, expected at least one image")
@@ -64,11 +72,16 @@ def demo(
     seeds = range(seed, seed + num)
     outcomes: list[Outcome] = []
     every = (FINE, *ARMS)
-    _warm_up(pipe, batch_size)
-    for index, arm in enumerate(every):
+
+    def tell(name: str) -> None:
         if progress is not None:
-            progress(arm.name, index, len(every))
-        outcome = run_arm(pipe, arm, seeds, batch_size, outcomes[0].images if outcomes else None)
+            progress(name, len(outcomes), len(every))
+
+    calibrations = Calibrations(pipe, model, seeds.stop, batch_size, lambda arm: tell(f"calibrating {arm.name}"))
+    for arm in every:
+        calibration = calibrations.of(arm)
+        tell(arm.name)
+        outcome = run_arm(pipe, arm, seeds, batch_size, outcomes[0].images if outcomes else None, calibration)
         if num >= ENOUGH_FOR_FID and model in feature_networks():
             outcome = replace(outcome, fid=domain_metrics(outcome.images, model).fid)
         outcomes.append(outcome)
@@ -87,15 +100,13 @@ def row(outcome: Outcome) -> dict[str, Any]:
     return {
         "name": outcome.arm.name,
         "kind": outcome.arm.kind,
+        "quant": outcome.arm.quant,
+        "kernel": outcome.kernel,
         "evaluations": outcome.evaluations,
         "reused": outcome.reused,
         "seconds": round(outcome.seconds, 3),
+        "weights": outcome.weights,
         "rmse": outcome.rmse,
         "psnr": outcome.psnr,
         "fid": outcome.fid,
     }
-
-
-def _warm_up(pipe: Any, batch_size: int) -> None:
-    """The first forwards allocate and choose kernels; they would be charged to the first arm."""
-    run_arm(pipe, Arm("warm-up", "reference", 2), range(batch_size), batch_size)

@@ -37,7 +37,18 @@ def comparison_grid(outcomes: Sequence[Outcome], columns: int = 10, scale: int =
 
 def _facts(outcome: Outcome) -> str:
     close = "" if outcome.psnr is None else f", PSNR {outcome.psnr:.1f} dB"
-    return f"{spent(outcome)} evaluations, {outcome.seconds:.1f} s{close}"
+    return f"{spent(outcome)} evaluations, {outcome.seconds:.1f} s, {mib(outcome)} MiB{close}"
+
+
+def mib(outcome: Outcome) -> str:
+    """The weights of the denoiser, as a reader wants them."""
+    size = outcome.weights / 2**20
+    return f"{size:.1f}" if size < 100 else f"{size:.0f}"
+
+
+def kernels(outcomes: Sequence[Outcome]) -> str:
+    """What computed the quantized denoisers; empty if there are none."""
+    return ", ".join(sorted({outcome.kernel for outcome in outcomes if outcome.kernel}))
 
 
 def spent(outcome: Outcome) -> str:
@@ -59,6 +70,8 @@ def page(outcomes: Sequence[Outcome], picture: Image.Image, *, model: str, num: 
         .render(
             outcomes=outcomes,
             spent=spent,
+            mib=mib,
+            kernel=kernels(outcomes),
             colours=COLOURS,
             grid=base64.b64encode(buffer.getvalue()).decode(),
             chart=_chart(outcomes),

@@ -10,26 +10,55 @@ SAME = 0.1  # dB; below that two PSNRs are called equal
 
 
 def reading(outcomes: Sequence[Outcome]) -> list[str]:
-    """For every corrected arm: against the same arm without correction, and against the control of as many evaluations.
+    """What the numbers say of every quantized and every corrected arm, in their order.
 
-    A control of an arm has the same cache and the fewest evaluations that are not below the arm's own.
+    A quantized arm is compared with the same arm in full precision: speed, weights, distance. A corrected arm is compared
+    with the same arm without correction, and with the control of as many evaluations: the one of the same cache and
+    quantization that has the fewest evaluations not below the arm's own, else that in full precision.
     """
     lines = []
     for outcome in outcomes:
-        if outcome.arm.kind != "corrected" or outcome.psnr is None:
+        arm = outcome.arm
+        if outcome.psnr is None:
             continue
-        alike = [o for o in outcomes if o.arm.cache == outcome.arm.cache and o.psnr is not None]
-        plain = [
-            o for o in alike if o.arm.kind == "plain" and o.arm.num_inference_steps == outcome.arm.num_inference_steps
+        if arm.kind == "plain" and arm.quant is not None:
+            lines += [_beside(outcome, whole) for whole in _plain(outcomes, outcome, quant=None)]
+        if arm.kind != "corrected":
+            continue
+        parts = [
+            _against(outcome, other, "than without the correction") for other in _plain(outcomes, outcome, arm.quant)
         ]
-        controls = [o for o in alike if o.arm.kind == "control" and o.evaluations >= outcome.evaluations]
-        parts = [_against(outcome, other, "than without the correction") for other in plain[:1]]
-        if controls:
-            nearest = min(controls, key=lambda o: o.evaluations)
-            parts.append(_against(outcome, nearest, f"than {nearest.arm.name} ({nearest.evaluations} evaluations)"))
+        control = _control(outcomes, outcome)
+        if control is not None:
+            parts.append(_against(outcome, control, f"than {control.arm.name} ({control.evaluations} evaluations)"))
         if parts:
-            lines.append(f"{outcome.arm.name} ({outcome.evaluations} evaluations): {', and '.join(parts)}.")
+            lines.append(f"{arm.name} ({outcome.evaluations} evaluations): {', and '.join(parts)}.")
     return lines
+
+
+def _plain(outcomes: Sequence[Outcome], outcome: Outcome, quant: str | None) -> list[Outcome]:
+    """The outcome (none or one) of the arm without correction, with the quantization `quant`."""
+    arm = outcome.arm
+    found = [o for o in outcomes if o.arm.kind == "plain" and o.arm.cache == arm.cache and o.arm.quant == quant]
+    return [o for o in found if o.arm.num_inference_steps == arm.num_inference_steps and o.psnr is not None][:1]
+
+
+def _control(outcomes: Sequence[Outcome], outcome: Outcome) -> Outcome | None:
+    controls = [
+        o for o in outcomes if o.arm.kind == "control" and o.arm.cache == outcome.arm.cache and o.psnr is not None
+    ]
+    enough = [o for o in controls if o.evaluations >= outcome.evaluations]
+    alike = [o for o in enough if o.arm.quant == outcome.arm.quant] or [o for o in enough if o.arm.quant is None]
+    return min(alike, key=lambda o: o.evaluations, default=None)
+
+
+def _beside(outcome: Outcome, whole: Outcome) -> str:
+    assert outcome.psnr is not None and whole.psnr is not None
+    speed, gain = whole.seconds / outcome.seconds, outcome.psnr - whole.psnr
+    fast = f"{speed:.1f} times as fast as" if speed >= 1 else f"{1 / speed:.1f} times as slow as"
+    weights = f"with {outcome.weights / whole.weights:.2f} times its weights"
+    close = f"{abs(gain):.1f} dB {'closer to' if gain > 0 else 'farther from'}" if abs(gain) >= SAME else "as close to"
+    return f"{outcome.arm.name}: {fast} {whole.arm.name}, {weights}, and {close} the fine solution."
 
 
 def _against(outcome: Outcome, other: Outcome, than: str) -> str:

@@ -27,7 +27,7 @@ def demo(
 
     from iec.bench.demo import demo as run
     from iec.bench.demo import row
-    from iec.bench.page import spent
+    from iec.bench.page import kernels, mib, spent
     from iec.bench.reading import reading
 
     logging.disable_progress_bar()  # of loading, which takes no time here
@@ -44,17 +44,23 @@ def demo(
     fid = report.outcomes[0].fid is not None
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("way to sample", overflow="fold")
-    for name in ("evals", "sec", "RMSE", "PSNR", *(["FID"] if fid else [])):
+    for name in ("evals", "sec", "MiB", "RMSE", "PSNR", *(["FID"] if fid else [])):
         table.add_column(name, justify="right", no_wrap=True)
     for outcome in report.outcomes:
         style = {"reference": "dim", "corrected": "bold", "control": "green"}.get(outcome.arm.kind)
         close = ("–", "–") if outcome.psnr is None else (f"{outcome.rmse:.4f}", f"{outcome.psnr:.2f}")
         last = [f"{outcome.fid:.1f}"] if fid else []
-        table.add_row(outcome.arm.name, spent(outcome), f"{outcome.seconds:.1f}", *close, *last, style=style)
+        table.add_row(
+            outcome.arm.name, spent(outcome), f"{outcome.seconds:.1f}", mib(outcome), *close, *last, style=style
+        )
     stdout.print(table)
+    kernel = kernels(report.outcomes)
+    rounds = ", which rounds floats and is slow" if kernel == "reference" else ""
     stdout.print(
         f"{num} images, the same seeds in every row. RMSE and PSNR (dB) to the fine solution in the first row. "
-        "10+40r: 10 whole evaluations and 40 that reuse cached features. Green rows spend as many evaluations without IEC.",
+        "10+40r: 10 whole evaluations and 40 that reuse cached features. MiB: weights of the denoiser. "
+        f"W8A8: weights and activations in 8 bits, by the kernel {kernel}{rounds}. "
+        "Green rows spend as many evaluations without IEC.",
         style="dim",
     )
     for line in reading(report.outcomes):

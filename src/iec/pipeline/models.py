@@ -17,6 +17,15 @@ def models() -> tuple[str, ...]:
     return tuple(_bundled())
 
 
+def calibrations(model: str) -> dict[str, Path]:
+    """The calibrations that come with a bundled model: folders by name ("w8a8-50"). None for any other model."""
+    folder = _bundled().get(model)
+    if folder is None:
+        return {}
+    found = sorted(folder.glob("calibration-*/calibration.json"))
+    return {file.parent.name.removeprefix("calibration-"): file.parent for file in found}
+
+
 def load(model: str | Path, **kwargs: Any) -> Any:
     """Load a diffusers pipeline: a bundled name, a local folder or a Hub id. `kwargs` go to diffusers' `from_pretrained`.
 

@@ -1,0 +1,56 @@
+"""The calibrations of arms with a quantized denoiser: bundled with the model, or made here on a few samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from iec.artifact.calibration import Calibration
+from iec.bench.arms import Arm, rescheduled
+from iec.calibration.calibrate import calibrate
+from iec.pipeline.models import calibrations
+from iec.quant.config import QuantConfig
+
+FIELDS = {"w8a8": QuantConfig()}
+SAMPLES = 16  # where none is bundled
+
+
+def calibration_name(arm: Arm) -> str:
+    """What an arm needs: field, steps, and the scheduler if it is not the model's own ("w8a8-60-euler")."""
+    kind = "" if arm.scheduler is None else f"-{arm.scheduler.removesuffix('DiscreteScheduler').lower()}"
+    return f"{arm.quant}-{arm.num_inference_steps}{kind}"
+
+
+class Calibrations:
+    """Those of one pipeline, `model` being the name that it was loaded by.
+
+    Samples to calibrate on have the seeds from `seed` on. `making(arm)` is called before one is made, which takes a while.
+    """
+
+    def __init__(
+        self, pipe: Any, model: str, seed: int, batch_size: int, making: Callable[[Arm], None] = lambda _: None
+    ) -> None:
+        self.pipe, self.seed, self.batch_size, self.making = pipe, seed, batch_size, making
+        self.bundled = calibrations(model)
+        self.made: dict[str, Calibration] = {}
+
+    def of(self, arm: Arm) -> Calibration | None:
+        """The calibration for `arm`; None if it has no quantized denoiser."""
+        if arm.quant is None:
+            return None
+        name = calibration_name(arm)
+        if name not in self.made:
+            self.made[name] = Calibration.load(self.bundled[name]) if name in self.bundled else self._make(arm)
+        return self.made[name]
+
+    def _make(self, arm: Arm) -> Calibration:
+        assert arm.quant is not None
+        self.making(arm)
+        return calibrate(
+            rescheduled(self.pipe, arm),
+            FIELDS[arm.quant],
+            num_inference_steps=arm.num_inference_steps,
+            num_samples=SAMPLES,
+            batch_size=self.batch_size,
+            seed=self.seed,
+        )

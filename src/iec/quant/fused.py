@@ -50,11 +50,9 @@ def fused_forwards(model: nn.Module, ops: dict[str, Any], step: Step) -> dict[nn
             layer = ops.get(names[module.conv])
             if isinstance(layer, OnednnLayer):
                 found[module] = functools.partial(_upsample, module, layer, step)
-    for module in model.modules():
-        if (
-            type(module).__name__ in ("UpBlock2D", "AttnUpBlock2D")
-            and getattr(module, "upsample_type", "conv") == "conv"
-        ):
+    for module in model.modules() if resnets else ():
+        known = type(module).__name__ in ("UpBlock2D", "AttnUpBlock2D")
+        if known and getattr(module, "upsample_type", "conv") == "conv":
             found[module] = functools.partial(_up_block, module, resnets)
     return found
 

@@ -164,7 +164,7 @@ def test_reference_is_the_layer_in_float64(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(150))
 @torch.no_grad()
 def test_onednn_is_the_reference(seed: int) -> None:
-    """The codes are equal, so what remains is the float32 rounding of the output: 1e-6 of Σ (|x̂| + |z d|) (|ŵ| + |k d_w|) + |b|."""
+    """The codes are equal. What remains is float32's rounding: 1e-6 of Σ (|x̂| + |z d|) (|ŵ| + |k d_w|) + |b|."""
     module, layer, x = case(seed)
     op, reference = onednn.build(module, layer), KERNELS["reference"].build(module, layer)
     for step in (0, 1):

@@ -435,7 +435,7 @@ def test_a_killed_run_goes_on_after_its_last_unit_with_the_same_result(tmp_path:
             calibrated(config=MIDDLE, checkpoint_path=path, progress=progress)
         resumed = calibrated(config=MIDDLE, checkpoint_path=path, progress=lambda *step, told=told: told.append(step))
         assert same(whole, resumed) and quant(resumed).reconstruction == quant(whole).reconstruction
-        assert not path.exists()
+        assert path.exists()  # until the caller has saved the calibration
         if stage == "reconstruction":
             assert told[0][:2] == ("reconstruction", after + 1)
             assert told[-1][1] == told[-1][2] == len(quant(whole).reconstruction["units"])  # type: ignore[index]

@@ -142,7 +142,8 @@ def calibrate(
         reconstruct: learn the rounding of low-bit weights, by these options; None rounds to nearest. Keeps some inputs of the
             denoisers while sampling, and afterwards a second copy of each denoiser, one at a time.
         checkpoint_path: where to keep what was learnt after each batch and each reconstructed unit; a call that finds such a
-            file of the same calibration goes on from it, with the result of an uninterrupted one. It is deleted at the end.
+            file of the same calibration goes on from it, with the result of an uninterrupted one. It is left there: delete it
+            when the calibration is saved.
         progress: called as progress("samples", done, num_samples) after each batch and as
             progress("reconstruction", done, units) after each unit.
 
@@ -214,8 +215,6 @@ def calibrate(
             observation.models, quantization, tuples, reconstruct, observation.outputs(config), finished, after
         )
     calibration = Calibration(about(pipe, timesteps), quantization)
-    if checkpoint_path is not None:
-        Path(checkpoint_path).unlink(missing_ok=True)
     return calibration
 
 

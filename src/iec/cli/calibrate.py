@@ -115,6 +115,7 @@ def calibrate(
             stderr.print("Stopped. The same command goes on after the last batch that was done.", style="yellow")
             raise typer.Exit(130) from None
     calibration.save(out)
+    (out / CHECKPOINT).unlink(missing_ok=True)
     about = describe(out)
     if as_json:
         print_json({"folder": about})

@@ -1,6 +1,8 @@
 """Quality of quantized sampling on the bundled model: images of every arm in shards, then the table.
 
-    python benchmarks/quantized_quality.py sample --arm full --num 2000
+    python benchmarks/quantized_quality.py calibrate
+    python benchmarks/quantized_quality.py sample --arm fine --num 150
+    python benchmarks/quantized_quality.py sample --num 2000
     python benchmarks/quantized_quality.py table
 
 Every arm samples the seeds 0 … num − 1; a shard that exists is not sampled again, so a killed run goes on where it was.
@@ -17,7 +19,10 @@ import numpy as np
 import torch
 
 import iec
-from iec.artifact.files import replacing
+from iec.artifact.files import replacing, write_json
+from iec.evaluate.features import extract, load_features
+from iec.evaluate.metrics import Moments, frechet_distance, kernel_distance
+from iec.evaluate.reference import load_reference
 from iec.evaluate.sampling import sample, with_scheduler
 
 MODEL, STEPS, SHARD = "fashion-mnist", 100, 50
@@ -52,6 +57,27 @@ def prepare(arm: str, root: Path) -> tuple[Any, int]:
     return pipe, STEPS
 
 
+def calibrate(root: Path) -> None:
+    """The calibrations that are missing, each from 64 samples."""
+    configs: dict[str, tuple[iec.QuantConfig, iec.Reconstruction | None]] = {
+        "w8a8": (iec.QuantConfig(), None),
+        "w4a8": (iec.QuantConfig(weight_bits=4), None),
+        "w4a8-rec": (iec.QuantConfig(weight_bits=4), iec.Reconstruction()),
+    }
+    for name, (config, reconstruct) in configs.items():
+        folder, kept = root / "calibration" / name, root / f"{name}.checkpoint"
+        if (folder / "calibration.json").exists():
+            continue
+        pipe = iec.load(MODEL)
+        pipe.set_progress_bar_config(disable=True)
+        made = iec.calibrate(
+            pipe, config, reconstruct=reconstruct, num_inference_steps=STEPS, num_samples=64, checkpoint_path=kept,
+            progress=lambda what, done, total, name=name: print(name, what, done, total, flush=True),
+        )  # fmt: skip
+        made.save(folder)
+        kept.unlink()
+
+
 def run(arm: str, num: int, batch_size: int, root: Path) -> None:
     """Sample the shards of an arm that are missing."""
     pipe, steps = prepare(arm, root)
@@ -66,23 +92,71 @@ def run(arm: str, num: int, batch_size: int, root: Path) -> None:
 
 
 def images_of(arm: str, root: Path) -> torch.Tensor:
-    """All images (N, C, H, W) of an arm that are there."""
+    """All images (N, C, H, W) of an arm that are there, of consecutive seeds from 0."""
     return torch.cat([torch.from_numpy(np.load(file)) for file in sorted((root / arm).glob("*.npy"))])
+
+
+def centred(point: float, resampled: np.ndarray) -> list[float]:
+    """95 % interval about `point` from resamples, less their mean's bias (a Fréchet distance grows in a resample)."""
+    low, high = np.quantile(resampled - resampled.mean(), [0.025, 0.975])
+    return [float(point + low), float(point + high)]
+
+
+def table(num: int, root: Path, resamples: int = 200) -> list[dict[str, Any]]:
+    """Metrics of each arm that has `num` images, with 95 % intervals over seeds; all arms are resampled alike."""
+    network, reference = load_features(MODEL), load_reference(MODEL, "train")
+    arms = [arm for arm in ARMS if len(list((root / arm).glob("*.npy"))) * SHARD >= num]
+    images = {arm: images_of(arm, root)[:num] for arm in arms}
+    fine = images_of("fine", root)
+    features = {arm: extract(network, images[arm])[0] for arm in arms}
+    draws = [torch.from_numpy(np.random.default_rng(i).integers(num, size=num)) for i in range(resamples)]
+
+    def fid(arm: str, rows: torch.Tensor | slice) -> float:
+        return frechet_distance(Moments.of(features[arm][rows]), reference.moments)
+
+    resampled = {arm: np.array([fid(arm, rows) for rows in draws]) for arm in arms}
+    lines = []
+    for arm in arms:
+        point = fid(arm, slice(None))
+        kid = kernel_distance(features[arm], load_reference(MODEL, "test").features, seed=0)
+        line: dict[str, Any] = {"arm": arm, "images": num, "fid": point, "fid_interval": centred(point, resampled[arm])}
+        line |= {"kid": kid.mean, "kid_deviation": kid.std}
+        for other in ("full", "w4a8", arm.removesuffix("+ends")):
+            if other in arms and other != arm:
+                gap = point - fid(other, slice(None))
+                line[f"fid_minus_{other}"] = [gap, *centred(gap, resampled[arm] - resampled[other])]
+        for name, target in (("fine", fine), ("full", images.get("full"))):
+            if target is not None and name != arm:
+                count = min(num, len(target))
+                errors = (
+                    ((images[arm][:count].float() - target[:count].float()) / 255).square().flatten(1).mean(1).numpy()
+                )
+                sampled = [
+                    np.sqrt(errors[np.random.default_rng(i).integers(count, size=count)].mean()) for i in range(1000)
+                ]
+                low, high = np.quantile(sampled, [0.025, 0.975])
+                line[f"rmse_{name}"] = [float(np.sqrt(errors.mean())), float(low), float(high), count]
+        lines.append(line)
+    return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("action", choices=["sample", "table"])
+    parser.add_argument("action", choices=["calibrate", "sample", "table"])
     parser.add_argument("--arm", choices=["fine", *ARMS], action="append")
     parser.add_argument("--num", type=int, default=2000)
     parser.add_argument("--batch-size", type=int, default=25)
     parser.add_argument("--root", type=Path, default=ROOT)
     options = parser.parse_args()
-    if options.action == "sample":
-        for arm in options.arm or ["fine", *ARMS]:
+    if options.action == "calibrate":
+        calibrate(options.root)
+    elif options.action == "sample":
+        for arm in options.arm or ARMS:
             run(arm, options.num, options.batch_size, options.root)
     else:
-        print(json.dumps({arm: len(images_of(arm, options.root)) for arm in ARMS if (options.root / arm).is_dir()}))
+        lines = table(options.num, options.root)
+        write_json(options.root / "table.json", lines)
+        print(json.dumps(lines, indent=1))
 
 
 if __name__ == "__main__":

@@ -41,7 +41,9 @@ def evaluate(model: Any, seed: int) -> Tensor:
     return model(sample, torch.tensor(3), **more).sample
 
 
-def recorded(model: nn.Module, kinds: tuple[str, ...], call: Callable[[], Any]) -> dict[nn.Module, tuple[Any, Any, Any]]:
+def recorded(
+    model: nn.Module, kinds: tuple[str, ...], call: Callable[[], Any]
+) -> dict[nn.Module, tuple[Any, Any, Any]]:
     """Arguments and output of each block of some kinds, taken around its forward, which a hook would unfuse."""
     seen: dict[nn.Module, tuple[Any, Any, Any]] = {}
     undo = []

@@ -36,7 +36,7 @@ def sample(
     """
     images: list[torch.Tensor] = []
     done = 0
-    for batch in batches(pipe, seeds, num_inference_steps, batch_size, output_type="np", **kwargs):
+    for batch in batches(pipe, seeds, num_inference_steps, batch_size, "np", **kwargs):
         images.append(_to_uint8(pipe(**batch.arguments).images, batch.seeds))
         done += len(batch.seeds)
         if progress is not None:

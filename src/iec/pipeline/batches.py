@@ -22,7 +22,7 @@ class Batch(NamedTuple):
 
 
 def batches(
-    pipe: Any, seeds: Sequence[int], num_inference_steps: int, batch_size: int, output_type: str, **kwargs: Any
+    pipe: Any, seeds: Sequence[int], num_inference_steps: int, batch_size: int, output_type: str, /, **kwargs: Any
 ) -> Iterator[Batch]:
     """The calls of `pipe` for `seeds`. Every image has a CPU generator of its own, so it depends on its seed alone.
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from iec.cli.console import print_json, stdout
@@ -47,7 +48,7 @@ def _table(title: str, part: Mapping[str, Any]) -> Table:
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")
     for key, value in part.items():
-        table.add_row(key, _text(value))
+        table.add_row(escape(key), escape(_text(value)))  # a prompt may hold [brackets]
     return table
 
 

@@ -136,6 +136,10 @@ def table(num: int, root: Path, resamples: int = 200) -> list[dict[str, Any]]:
                 ]
                 low, high = np.quantile(sampled, [0.025, 0.975])
                 line[f"rmse_{name}"] = [float(np.sqrt(errors.mean())), float(low), float(high), count]
+                line[f"rmse_{name}_median_and_90_percent"] = np.sqrt(np.quantile(errors, [0.5, 0.9])).tolist()
+                line[f"brighter_than_{name}"] = (
+                    float(images[arm][:count].float().mean() - target[:count].float().mean()) / 255
+                )
         lines.append(line)
     return lines
 

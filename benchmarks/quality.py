@@ -1,11 +1,13 @@
-"""Quality of quantized sampling on the bundled model: images of every arm in shards, then the table.
+"""Quality of efficient sampling on the bundled model: images of every arm in shards, then a table of some of them.
 
-    python benchmarks/quantized_quality.py calibrate
-    python benchmarks/quantized_quality.py sample --arm fine --num 150
-    python benchmarks/quantized_quality.py sample --num 2000
-    python benchmarks/quantized_quality.py table
+    python benchmarks/quality.py calibrate
+    python benchmarks/quality.py sample --arm fine --num 150
+    python benchmarks/quality.py sample --num 2000 --arm w8a8 --arm deepcache:5 --arm deepcache:5+refresh
+    python benchmarks/quality.py table --arm w8a8 --arm deepcache:5
 
-Every arm samples the seeds 0 … num − 1; a shard that exists is not sampled again, so a killed run goes on where it was.
+An arm is `ddim:T` (plain sampling in T steps), or 100 steps of: `w8a8`, `w4a8`, `w4a8-rec` (quantized), `deepcache:N`;
+`+ends:1/10` or `+refresh` corrects those steps. Every arm samples the seeds 0 … num − 1; a shard that exists is not sampled
+again, so a killed run goes on where it was.
 """
 
 from __future__ import annotations
@@ -26,35 +28,33 @@ from iec.evaluate.reference import load_reference
 from iec.evaluate.sampling import sample, with_scheduler
 
 MODEL, STEPS, SHARD = "fashion-mnist", 100, 50
-ROOT = Path("out/quantized-quality")
-# arm: (calibration or None, correction plan or None)
-ARMS: dict[str, tuple[str | None, str | None]] = {
-    "full": (None, None),
-    "full+ends": (None, "ends:1/10"),
-    "w8a8": ("w8a8", None),
-    "w8a8+ends": ("w8a8", "ends:1/10"),
-    "w4a8": ("w4a8", None),
-    "w4a8+ends": ("w4a8", "ends:1/10"),
-    "w4a8-rec": ("w4a8-rec", None),
-    "w4a8-rec+ends": ("w4a8-rec", "ends:1/10"),
-}
+ROOT = Path("out/quality")
+CALIBRATED = ("w8a8", "w4a8", "w4a8-rec")
+BRANCH = 0  # of the caches: the rule of the paper's latent models, and the one that saves most
 
 
 def prepare(arm: str, root: Path) -> tuple[Any, int]:
     """The pipeline of an arm and its number of steps."""
+    base, _, plan = arm.partition("+")
+    kind, _, number = base.partition(":")
     pipe = iec.load(MODEL)
     pipe.set_progress_bar_config(disable=True)
-    if arm == "fine":
-        pipe.unet.to(memory_format=torch.channels_last)
-        return with_scheduler(pipe, "DPMSolverMultistepScheduler"), 200
-    calibration, steps = ARMS[arm]
-    if calibration is None:
+    if kind not in CALIBRATED:
         pipe.unet.to(memory_format=torch.channels_last)  # faster on a CPU, the same up to rounding
+    steps = STEPS
+    if kind == "fine":
+        return with_scheduler(pipe, "DPMSolverMultistepScheduler"), 200
+    if kind == "ddim":
+        steps = int(number)
+    elif kind == "deepcache":
+        iec.cache(pipe, iec.DeepCache(int(number), branch=BRANCH))
+    elif kind in CALIBRATED:
+        iec.quantize(pipe, iec.Calibration.load(root / "calibration" / kind))
     else:
-        iec.quantize(pipe, iec.Calibration.load(root / "calibration" / calibration))
-    if steps is not None:
-        iec.enable(pipe, steps=steps)
-    return pipe, STEPS
+        raise SystemExit(f"unknown arm {arm!r}")
+    if plan:
+        iec.enable(pipe, steps=plan)
+    return pipe, steps
 
 
 def calibrate(root: Path) -> None:
@@ -78,11 +78,16 @@ def calibrate(root: Path) -> None:
         kept.unlink()
 
 
+def folder(arm: str, root: Path) -> Path:
+    """Where the images of an arm are."""
+    return root / arm.replace("/", "-")
+
+
 def run(arm: str, num: int, batch_size: int, root: Path) -> None:
     """Sample the shards of an arm that are missing."""
     pipe, steps = prepare(arm, root)
     for start in range(0, num, SHARD):
-        path = root / arm / f"{start:06d}.npy"
+        path = folder(arm, root) / f"{start:06d}.npy"
         if path.exists():
             continue
         images = sample(pipe, range(start, start + SHARD), steps, batch_size)
@@ -93,7 +98,7 @@ def run(arm: str, num: int, batch_size: int, root: Path) -> None:
 
 def images_of(arm: str, root: Path) -> torch.Tensor:
     """All images (N, C, H, W) of an arm that are there, of consecutive seeds from 0."""
-    return torch.cat([torch.from_numpy(np.load(file)) for file in sorted((root / arm).glob("*.npy"))])
+    return torch.cat([torch.from_numpy(np.load(file)) for file in sorted(folder(arm, root).glob("*.npy"))])
 
 
 def centred(point: float, resampled: np.ndarray) -> list[float]:
@@ -102,10 +107,10 @@ def centred(point: float, resampled: np.ndarray) -> list[float]:
     return [float(point + low), float(point + high)]
 
 
-def table(num: int, root: Path, resamples: int = 200) -> list[dict[str, Any]]:
+def table(arms: list[str], num: int, root: Path, resamples: int = 200) -> list[dict[str, Any]]:
     """Metrics of each arm that has `num` images, with 95 % intervals over seeds; all arms are resampled alike."""
     network, reference = load_features(MODEL), load_reference(MODEL, "train")
-    arms = [arm for arm in ARMS if len(list((root / arm).glob("*.npy"))) * SHARD >= num]
+    arms = [arm for arm in arms if len(list(folder(arm, root).glob("*.npy"))) * SHARD >= num]
     images = {arm: images_of(arm, root)[:num] for arm in arms}
     fine = images_of("fine", root)
     features = {arm: extract(network, images[arm])[0] for arm in arms}
@@ -121,11 +126,11 @@ def table(num: int, root: Path, resamples: int = 200) -> list[dict[str, Any]]:
         kid = kernel_distance(features[arm], load_reference(MODEL, "test").features, seed=0)
         line: dict[str, Any] = {"arm": arm, "images": num, "fid": point, "fid_interval": centred(point, resampled[arm])}
         line |= {"kid": kid.mean, "kid_deviation": kid.std}
-        for other in ("full", "w4a8", arm.removesuffix("+ends")):
+        for other in ("ddim:100", "w4a8", arm.partition("+")[0]):
             if other in arms and other != arm:
                 gap = point - fid(other, slice(None))
                 line[f"fid_minus_{other}"] = [gap, *centred(gap, resampled[arm] - resampled[other])]
-        for name, target in (("fine", fine), ("full", images.get("full"))):
+        for name, target in (("fine", fine), ("full", images.get("ddim:100"))):
             if target is not None and name != arm:
                 count = min(num, len(target))
                 errors = (
@@ -147,7 +152,7 @@ def table(num: int, root: Path, resamples: int = 200) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("action", choices=["calibrate", "sample", "table"])
-    parser.add_argument("--arm", choices=["fine", *ARMS], action="append")
+    parser.add_argument("--arm", action="append", default=[])
     parser.add_argument("--num", type=int, default=2000)
     parser.add_argument("--batch-size", type=int, default=25)
     parser.add_argument("--root", type=Path, default=ROOT)
@@ -155,10 +160,10 @@ def main() -> None:
     if options.action == "calibrate":
         calibrate(options.root)
     elif options.action == "sample":
-        for arm in options.arm or ARMS:
+        for arm in options.arm:
             run(arm, options.num, options.batch_size, options.root)
     else:
-        lines = table(options.num, options.root)
+        lines = table(options.arm, options.num, options.root)
         write_json(options.root / "table.json", lines)
         print(json.dumps(lines, indent=1))
 

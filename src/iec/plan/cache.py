@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
+
+SHOWN = 12  # steps and ranges that str() spells out
 
 
 @dataclass(frozen=True)
 class CachePlan:
     """The refresh steps of a run of `num_steps`: ascending, each in 0 … num_steps − 1, beginning with step 0.
 
-    At every other step the model reuses what the last whole pass left. Raises TypeError for what is no integer,
-    ValueError for a plan that breaks a rule above.
+    At every other step the model reuses what the last whole pass left. `str()` says it in one line, `bar()` draws it,
+    `iec.bench.plans.plot_plans` compares several. Raises TypeError for what is no integer, ValueError for a plan that breaks
+    a rule above.
     """
 
     refresh: tuple[int, ...]
@@ -36,10 +40,34 @@ class CachePlan:
     def __len__(self) -> int:
         return len(self.refresh)
 
+    def reference(self, step: int) -> int:
+        """The step whose feature `step` uses: the last refresh step up to it. Raises ValueError for a step outside the run."""
+        if not 0 <= step < self.num_steps:
+            raise ValueError(f"step {step} not in 0..{self.num_steps - 1}, the steps of this run")
+        return self.refresh[bisect_right(self.refresh, step) - 1]
 
-def uniform(interval: int, num_steps: int) -> CachePlan:
-    """Refresh at 0, N, 2N, … (METHOD 3.1). Raises ValueError unless `interval` N and `num_steps` are at least 1."""
-    return CachePlan(tuple(range(0, num_steps, check_interval(interval))), num_steps)
+    def bar(self) -> str:
+        """One character per step: | for a whole pass, . for reuse."""
+        return "".join("|" if step in self.refresh else "." for step in range(self.num_steps))
+
+    def __str__(self) -> str:
+        listed = [part for first, last in self._spans() for part in _spelled(first, last)]
+        if len(listed) > SHOWN:
+            listed = [*listed[: SHOWN - 2], "…", listed[-1]]
+        return f"{self.num_steps} steps, {len(self)} whole: {', '.join(listed)}"
+
+    def _spans(self) -> list[tuple[int, int]]:
+        """Neighbouring refresh steps, as first and last."""
+        spans: list[tuple[int, int]] = []
+        for step in self.refresh:
+            follows = spans and spans[-1][1] == step - 1
+            spans.append((spans.pop()[0], step) if follows else (step, step))
+        return spans
+
+
+def _spelled(first: int, last: int) -> list[str]:
+    """Three neighbours or more as a range."""
+    return [f"{first}-{last}"] if last - first > 1 else [str(step) for step in range(first, last + 1)]
 
 
 def check_interval(interval: int) -> int:

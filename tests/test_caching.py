@@ -237,9 +237,8 @@ def test_a_second_cache_is_refused(pipe: Any) -> None:
     assert torch.equal(image(pipe), cached)
 
 
-@pytest.mark.parametrize("case", ["sd", "dit"])
-def test_other_denoisers_are_refused(case: str) -> None:
-    pipe = tiny.CASES[case].build()
+def test_other_denoisers_are_refused() -> None:
+    pipe = tiny.CASES["dit"].build()
     scheduler = pipe.scheduler
     with pytest.raises(TypeError, match="leave the cache out"):
         iec.cache(pipe, iec.DeepCache())
@@ -249,7 +248,7 @@ def test_other_denoisers_are_refused(case: str) -> None:
 def test_what_cannot_be_skipped_is_refused(pipe: Any) -> None:
     with pytest.raises(TypeError, match=r"expected iec\.DeepCache"):
         iec.cache(pipe, 5)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"branches 0\.\.7"):
+    with pytest.raises(ValueError, match=r"branches -1\.\.7"):
         iec.cache(pipe, iec.DeepCache(branch=8))
     skipping = unet(
         1, 2, down_block_types=("SkipDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "SkipUpBlock2D")

@@ -46,7 +46,7 @@ def test_config_refuses() -> None:
         with pytest.raises(TypeError, match="integer"):
             iec.DeepCache(interval=other)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="at least 0"):
-        iec.DeepCache(branch=-1)
+        iec.DeepCache(branch=-2)
     with pytest.raises(TypeError, match="integers"):
         CachePlan((0, 1.5), 3)  # type: ignore[arg-type]
 

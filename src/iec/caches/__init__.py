@@ -1,6 +1,7 @@
 """Feature caches, which skip most of a denoiser at most steps; the function `iec.cache` puts one on a pipeline."""
 
+from iec.caches.cut import Cut, Site
 from iec.caches.deepcache import DeepCache
-from iec.caches.feature import FeatureCache, Site
+from iec.caches.feature import FeatureCache
 
-__all__ = ["DeepCache", "FeatureCache", "Site"]
+__all__ = ["Cut", "DeepCache", "FeatureCache", "Site"]

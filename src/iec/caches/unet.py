@@ -1,71 +1,121 @@
 """Where DeepCache cuts a UNet of diffusers.
 
-With n resnets in an up block (layers_per_block + 1) and levels counted from the full resolution, the down path leaves n
-skip tensors per level: `conv_in`'s is 0, level l's are l·n + 1 … l·n + n, the last of them its downsampler's. Branch
-b = l·n + q caches the input of the up resnet that takes skip b + 1, before the two are concatenated (METHOD 3.2):
+The down path leaves skip tensors: `conv_in`'s is 0, then one for every resnet and every downsampler, in the order they
+run. Each resnet of the up path takes one, last first. A cut at skip s caches the input of the up resnet that takes it,
+before the two are concatenated. Recomputed at a reuse step are the down path up to skip s and the up path from that
+resnet; the model's own forward runs, and the modules in between return at once.
 
-    q < n − 1:  resnet n − 2 − q of up level l     recomputed below: down level l up to its resnet q
-    q = n − 1:  resnet n − 1 of up level l + 1     recomputed below: the whole of down level l
+Branches are numbered as in the codes that people come from (METHOD 3.2):
 
-At a reuse step the model's own forward runs; the modules of the cached part return at once.
+    UNet2DModel             branch b: skip b + 1, b = -1 too     (the DDPM code; -1 is the one cut of the LDM code)
+    UNet2DConditionModel    branch b: skip b                     (DeepCache for Stable Diffusion; 0 is its default)
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
-from iec.caches.feature import Site
+from iec.caches.cut import Site, Skipped
+from iec.caches.residuals import Residuals
 
-MODELS = ("UNet2DModel",)
-# Blocks that take and return (hidden states, skip tensors) alone, and run their parts in the order below.
-DOWN = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")
-UP = ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D")
+# The model classes, with the skip tensor of branch 0.
+MODELS = {"UNet2DModel": 1, "UNet2DConditionModel": 0}
+# Blocks that take and return (hidden states, skip tensors), and run resnet, attention, …, and their resamplers in order.
+DOWN = (
+    "DownBlock2D",
+    "AttnDownBlock2D",
+    "ResnetDownsampleBlock2D",
+    "CrossAttnDownBlock2D",
+    "SimpleCrossAttnDownBlock2D",
+)
+UP = ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D", "CrossAttnUpBlock2D", "SimpleCrossAttnUpBlock2D")
+# Attentions that answer with a tuple: they are called with return_dict=False, and the block takes its first entry.
+TUPLES = ("Transformer2DModel", "DualTransformer2DModel")
+
+
+class _Layer(NamedTuple):
+    """What leads to one skip tensor, or takes one: `parts` of `block`, which run in this order."""
+
+    parts: tuple[nn.Module, ...]
+    block: nn.Module | None
 
 
 def locate(model: Any, branch: int | None) -> Site:
     """The source of the cached feature and the modules that a reuse step skips.
 
     Args:
-        model: a UNet2DModel of any depth.
-        branch: as above; None is n − 1 (the deepest branch, where there are fewer).
+        model: a UNet2DModel or UNet2DConditionModel of any depth, with any number of layers in a block.
+        branch: as above. None is 0 for a UNet2DConditionModel; for a UNet2DModel it is the first resolution's number of
+            resnets, so that this level is recomputed whole (the deepest branch, where there are fewer).
 
     Raises TypeError for another model, a compiled one, or other kinds of blocks; ValueError for a branch out of range.
     """
-    _check(model)
-    downs, ups = list(model.down_blocks), list(model.up_blocks)[::-1]  # both by level now
-    levels, n = len(ups), len(ups[0].resnets)
+    first = _check(model)
+    downs = [_Layer((model.conv_in,), None)]
+    for block in model.down_blocks:
+        downs += [_Layer(_parts(block, index), block) for index in range(len(block.resnets))]
+        if block.downsamplers is not None:
+            downs.append(_Layer(tuple(block.downsamplers), block))
+    ups = []  # by the skip tensor they take
+    for block in model.up_blocks:
+        layers = [_parts(block, index) for index in range(len(block.resnets))]
+        layers[-1] += tuple(block.upsamplers or ())
+        ups += [_Layer(parts, block) for parts in layers]
+    ups.reverse()
+    if len(ups) != len(downs):
+        raise TypeError(
+            f"this {type(model).__name__} makes {len(downs)} skip tensors and takes {len(ups)}, so DeepCache does not know "
+            "its blocks; leave the cache out for this pipeline"
+        )
     # The deepest branch reuses the mid block alone; without one there is nothing to reuse.
-    count = levels * n - (1 if model.mid_block is not None else 2)
+    last = len(downs) - 1 - (model.mid_block is None)
     if branch is None:
-        branch = min(n - 1, count - 1)
-    if not 0 <= branch < count:
-        raise ValueError(f"branch is {branch}; this {type(model).__name__} has branches 0..{count - 1}")
-    level, q = divmod(branch, n)
-    up_level, resnet = (level, n - 2 - q) if q < n - 1 else (level + 1, n - 1)
+        branch = 0 if first == 0 else min(len(model.down_blocks[0].resnets), last - first)
+    skip = branch + first
+    if not 0 <= skip <= last:
+        raise ValueError(f"branch is {branch}; this {type(model).__name__} has branches {-first}..{last - first}")
 
-    skipped: list[tuple[nn.Module, int | None]] = []
-    if q < n - 1:
-        skipped += [(part, None) for index in range(q + 1, n - 1) for part in _layer(downs[level], index)]
-        skipped += [(part, None) for part in downs[level].downsamplers or ()]
-    for block in downs[level + 1 :]:
-        skipped.append((block, len(block.resnets) + (block.downsamplers is not None)))
+    behind = [*downs[skip + 1 :]]
     if model.mid_block is not None:
-        skipped.append((model.mid_block, None))
-    skipped += [(block, None) for block in reversed(ups[up_level + 1 :])]
-    skipped += [(part, None) for index in range(resnet) for part in _layer(ups[up_level], index)]
-    source, _ = skipped.pop()  # what runs last before the cache point: its output is the cached feature
-    return Site(source, tuple(skipped), branch)
+        behind.append(_Layer((model.mid_block,), None))
+    behind += reversed(ups[skip + 1 :])
+    *skipped, source = _gathered(behind)
+    block = ups[skip].block
+    assert block is not None
+    residuals = Residuals(model, skip, source.module is model.mid_block, block)
+    return Site(source.module, source.skips is not None, tuple(skipped), branch, skip, ups[skip].parts[0], residuals)
 
 
-def _layer(block: Any, index: int) -> list[nn.Module]:
+def _gathered(layers: list[_Layer]) -> list[Skipped]:
+    """The modules of these layers: a block where all of it is skipped, else its parts."""
+    skipped: list[Skipped] = []
+    for index, layer in enumerate(layers):
+        if layer.block is None:
+            skipped.append(Skipped(layer.parts[0], None))
+            continue
+        mine = [other for other in layers if other.block is layer.block]
+        if len(mine) < _size(layer.block):
+            skipped += [Skipped(part, -1 if type(part).__name__ in TUPLES else None) for part in layer.parts]
+        elif layers[index - 1].block is not layer.block:
+            skipped.append(Skipped(layer.block, len(mine) if type(layer.block).__name__ in DOWN else None))
+    return skipped
+
+
+def _size(block: Any) -> int:
+    """The number of layers of a block, as `locate` counts them."""
+    return len(block.resnets) + (getattr(block, "downsamplers", None) is not None)
+
+
+def _parts(block: Any, index: int) -> tuple[nn.Module, ...]:
     """Resnet `index` of a block and the attention after it, if there is one."""
     attentions = getattr(block, "attentions", None)
-    return [block.resnets[index], *([attentions[index]] if attentions is not None else [])]
+    return (block.resnets[index], *([attentions[index]] if attentions is not None else []))
 
 
-def _check(model: Any) -> None:
+def _check(model: Any) -> int:
+    """The skip tensor of branch 0, if the model can be cut."""
     name = type(model).__name__
     if any(getattr(part, "_compiled_call_impl", None) is not None for part in getattr(model, "modules", list)()):
         raise TypeError(
@@ -75,7 +125,8 @@ def _check(model: Any) -> None:
         raise TypeError(
             "the model was compiled, so its blocks cannot be skipped; assign the original (._orig_mod) and cache that"
         )
-    if not any(base.__name__ in MODELS for base in type(model).__mro__):
+    first = next((MODELS[base.__name__] for base in type(model).__mro__ if base.__name__ in MODELS), None)
+    if first is None:
         raise TypeError(
             f"DeepCache knows the blocks of {', '.join(MODELS)}, not of {name}; leave the cache out for this pipeline"
         )
@@ -86,6 +137,4 @@ def _check(model: Any) -> None:
                     f"DeepCache cannot skip {type(block).__name__}; it knows {', '.join(known)}; "
                     "leave the cache out for this pipeline"
                 )
-    sizes = {len(block.resnets) for block in model.up_blocks} | {len(block.resnets) + 1 for block in model.down_blocks}
-    if len(sizes) != 1:
-        raise TypeError(f"DeepCache needs the same number of layers in every block, found {sorted(sizes)} up resnets")
+    return first

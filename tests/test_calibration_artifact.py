@@ -9,6 +9,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ class Maker:
 
     def __init__(self, seed: int = 0, steps: int = STEPS) -> None:
         self.generator, self.steps = torch.Generator().manual_seed(seed), steps
+        self.signed = torch.Generator().manual_seed(seed + 1000)
         self.zeros = 0
 
     def integers(self, low: int, high: int, *shape: int) -> Tensor:
@@ -62,14 +64,23 @@ class Maker:
         codes.view(-1)[0], codes.view(-1)[-1] = 2**bits - 1, 0
         return WeightCodes(codes, self.scale(shape[0]), self.zero(shape[0]), bits)
 
-    def layer(self, kind: Any, out: int, *channels: int, bits: int = 8, bias: bool = False) -> QuantizedLayer:
+    def numbers(self, *shape: int) -> Tensor:
+        """Of both signs."""
+        return torch.randn(shape, generator=self.signed)
+
+    def layer(
+        self, kind: Any, out: int, *channels: int, bits: int = 8, bias: bool | int = False, gains: tuple[int, ...] = ()
+    ) -> QuantizedLayer:
+        """bias: True, or how many steps' biases; gains: the parts that have one."""
         kernel = {"conv2d": (3, 3), "conv1d": (3,), "linear": ()}[kind]
         parts, begin = [], 0
         for width in channels:
             weight = self.weight(out, width, *kernel, bits=bits)
-            parts.append(LayerPart(begin, begin + width, weight, self.table()))
+            gain = self.numbers(self.steps, out) if len(parts) in gains else None
+            parts.append(LayerPart(begin, begin + width, weight, self.table(), gain))
             begin += width
-        return QuantizedLayer(kind, tuple(parts), self.scale(out) - 0.5 if bias else None)
+        own = self.scale(out) - 0.5 if bias else None
+        return QuantizedLayer(kind, tuple(parts), own if own is None or bias is True else own * self.numbers(bias, out))
 
     def origin(self, **changes: Any) -> Origin:
         values: dict[str, Any] = {
@@ -96,10 +107,10 @@ class Maker:
 
     def calibration(self, bits: int = 4, products: bool = True) -> Calibration:
         layers = {
-            "unet.up.0.conv": self.layer("conv2d", 5, 3, 2, bits=bits, bias=True),
+            "unet.up.0.conv": self.layer("conv2d", 5, 3, 2, bits=bits, bias=True, gains=(1,)),
             "unet.conv_in": self.layer("conv2d", 3, 1, bits=8),
             "unet.time": self.layer("conv1d", 3, 5, bits=bits),
-            "unet.down.to_q": self.layer("linear", 3, 7, bits=bits, bias=True),
+            "unet.down.to_q": self.layer("linear", 3, 7, bits=bits, bias=self.steps, gains=(0,)),
         }
         attention = {"unet.mid.attn": {"query": self.table(), "key": self.table(), "value": self.table(6)}}
         attention |= {"unet.down.attn": {}, "unet.a.attn": {"probs": self.table()}}
@@ -164,6 +175,46 @@ def test_comes_back_to_the_bit(tmp_path: Path, bits: int, products: bool) -> Non
     loaded = Calibration.load(tmp_path / "new" / "calib")
     assert same(loaded, made)
     assert loaded.weight_bytes == made.weight_bytes and loaded.float_bytes == made.float_bytes
+
+
+def test_a_calibration_of_version_1_still_loads(tmp_path: Path) -> None:
+    """Its page is without the lists of gains and of biases per step."""
+    maker = Maker()
+    layers = {"b": maker.layer("linear", 3, 7, bias=True), "a": maker.layer("conv2d", 5, 3, 2, bits=4)}
+    made = Calibration(maker.origin(), Quantization(config={}, layers=layers))
+    made.save(tmp_path)
+
+    def older(document: dict[str, Any], _: Any) -> None:
+        document["version"] = 1
+        assert [document["quantization"].pop(key) for key in ("gains", "biases_per_step")] == [[], []]
+
+    forge(tmp_path, older)
+    assert same(Calibration.load(tmp_path), made)
+    assert describe(tmp_path)["version"] == 1
+    forge(tmp_path, lambda document, _: document.update(version=2))
+    with pytest.raises(ValueError, match=r"quantization\.gains: missing, expected a list"):
+        Calibration.load(tmp_path)
+
+
+def test_the_bundled_calibrations_load() -> None:
+    folders = sorted(Path(str(resources.files("iec"))).glob("bundled/*/calibration-*/"))
+    assert folders
+    for at in folders:
+        loaded = Calibration.load(at)
+        assert loaded.quant and loaded.quant.layers
+
+
+def test_one_step_has_a_bias_for_it(tmp_path: Path) -> None:
+    """(1, out) and (out,) are two things."""
+    maker = Maker(steps=1)
+    layers = {
+        "a": maker.layer("linear", 1, 2, bias=1, gains=(0,)),
+        "b": maker.layer("linear", 4, 2, bias=True),
+        "c": maker.layer("linear", 4, 2, bias=1),
+    }
+    made = Calibration(maker.origin(), Quantization(config={}, layers=layers))
+    made.save(tmp_path)
+    assert same(Calibration.load(tmp_path), made)
 
 
 def test_without_quantization_and_without_layers(tmp_path: Path) -> None:
@@ -376,9 +427,10 @@ def test_absent_folders_and_files(saved: Path) -> None:
         ("{}", "format: found None, expected 'iec-calibration'"),
         ('{"format": "iec-features"}', "format: found 'iec-features', expected 'iec-calibration'"),
         ('{"format": "iec-calibration"}', "version: missing, expected a whole number"),
-        ('{"format": "iec-calibration", "version": 2}', "version: found 2, expected 1"),
+        ('{"format": "iec-calibration", "version": 3}', "version: found 3, expected 1 or 2;"),
         ('{"format": "iec-calibration", "version": true}', "version: found True, expected a whole number"),
         ('{"format": "iec-calibration", "version": 1}', "origin: missing, expected an object"),
+        ('{"format": "iec-calibration", "version": 2}', "origin: missing, expected an object"),
     ],
 )
 def test_pages_that_are_none(saved: Path, text: str, told: str) -> None:
@@ -408,7 +460,7 @@ FORGED: dict[str, tuple[Callable[[dict[str, Any], dict[str, Tensor]], Any], str]
     ),
     "a tensor of another rank": (
         lambda d, t: put(t, "bias", t["bias"][None].clone()),
-        r"bias: found .* shape \(1, 8\)",
+        r"bias: found .* shape \(1, 20\)",
     ),
     "a scale of zero": (lambda d, t: t["scale"].__setitem__(0, 0), r"weight\.scale: found values that are not"),
     "a negative scale": (lambda d, t: t["scale"].__setitem__(3, -1), r"act\.scale: found values that are not"),
@@ -421,6 +473,29 @@ FORGED: dict[str, tuple[Callable[[dict[str, Any], dict[str, Tensor]], Any], str]
         lambda d, t: t["bias"].__setitem__(0, float("nan")),
         r"\.bias: found values that are not finite",
     ),
+    "an infinite gain": (
+        lambda d, t: t["gain"].__setitem__(0, float("inf")),
+        r"'unet\.down\.to_q'\]\.parts\[0\]\.gain: found values that are not finite",
+    ),
+    "a gain that is not there": (
+        lambda d, t: d["quantization"]["gains"].append(f"{CONV}.parts[0]"),
+        r"gain: found .* \(40,\), expected .* \(65,\)",
+    ),
+    "a gain that nobody has": (lambda d, t: d["quantization"]["gains"].pop(), r"gain: found .* \(40,\), expected"),
+    "a gain of nothing": (
+        lambda d, t: d["quantization"]["gains"].append(f"{CONV}.parts[2]"),
+        r"gains: found \['unet\.up\.0\.conv\.parts\[2\]'\], expected parts of layers",
+    ),
+    "a gain twice": (lambda d, t: d["quantization"].update(gains=d["quantization"]["gains"] * 2), "gains: found"),
+    "a bias per step in a layer without": (
+        lambda d, t: d["quantization"]["biases_per_step"].append("unet.time"),
+        r"biases_per_step: found \['unet\.time'\], expected layers with a bias",
+    ),
+    "one bias for several": (
+        lambda d, t: d["quantization"]["biases_per_step"].append(CONV),
+        r"bias: found .* \(20,\), expected .* \(40,\)",
+    ),
+    "gains in version 1": (lambda d, t: put(d, "version", 1), r"quantization: found the unknown field\(s\) biases_per"),
     "a zero point that overflows": (lambda d, t: t["zero_wide"].__setitem__(0, -32768), "zero: found 32768, expected"),
     "tables of another length": (
         lambda d, t: put(d["origin"], "num_steps", STEPS + 1),
@@ -495,6 +570,7 @@ def changed(value: Any, path: str, **changes: Any) -> Any:
     return dataclasses.replace(value, **{key: changed(getattr(value, key), rest, **changes)})
 
 
+LAYER = "quant.layers.unet/time"
 WEIGHT = "quant.layers.unet/time.parts.0.weight"
 ACT = "quant.layers.unet/time.parts.0.act"
 
@@ -509,6 +585,22 @@ ACT = "quant.layers.unet/time.parts.0.act"
         (WEIGHT, {"bits": 1}, ValueError, r"weight\.bits: found 1, expected a whole number in 2\.\.8"),
         (ACT, {"scale": torch.ones(STEPS + 1)}, ValueError, r"act\.scale: found .* \(6,\), expected .* \(5,\)"),
         (ACT, {"zero": torch.zeros(STEPS)}, ValueError, r"act\.zero: found torch\.float32"),
+        (LAYER, {"bias": torch.ones(4)}, ValueError, r"time'\]\.bias: found .* \(4,\), expected .* \(3,\)"),
+        (LAYER, {"bias": torch.ones(4, 3)}, ValueError, r"time'\]\.bias: found .* \(4, 3\), expected .* \(5, 3\)"),
+        (LAYER, {"bias": torch.ones(1, 5, 3)}, ValueError, r"\.bias: found .* \(1, 5, 3\), expected .* \(3,\)"),
+        (
+            LAYER,
+            {"bias": torch.full((5, 3), float("nan"))},
+            ValueError,
+            r"time'\]\.bias: found values that are not finite",
+        ),
+        (LAYER + ".parts.0", {"gain": torch.ones(3)}, ValueError, r"parts\[0\]\.gain: found .* expected .* \(5, 3\)"),
+        (
+            LAYER + ".parts.0",
+            {"gain": torch.ones(5, 3).double()},
+            ValueError,
+            r"parts\[0\]\.gain: found torch\.float64",
+        ),
         ("origin", {"settings": {"prompts": torch.ones(1)}}, TypeError, r"origin\.settings\.prompts: found tensor"),
         ("origin", {"settings": {"loss": float("nan")}}, ValueError, r"origin\.settings\.loss: found nan"),
         ("origin", {"settings": {1: 2}}, TypeError, r"origin\.settings: found the key 1"),
@@ -763,11 +855,12 @@ def test_the_page_is_readable(saved: Path) -> None:
 def test_describe(saved: Path) -> None:
     about = describe(saved)
     made = Maker().calibration()
-    assert about["kind"] == "calibration" and about["version"] == 1 and about["pipeline"] == "DDIMPipeline"
+    assert about["kind"] == "calibration" and about["version"] == 2 and about["pipeline"] == "DDIMPipeline"
     assert about["denoisers"] == {"unet": "UNet2DModel"} and about["scheduler"] == "DDIMScheduler"
     assert (about["steps"], about["samples"], about["seed"]) == (STEPS, 64, 0)
     assert about["timesteps"] == "990 … 960.8"
     assert (about["layers"], about["split_layers"], about["layers_with_new_bias"]) == (4, 1, 2)
+    assert (about["layers_with_bias_per_step"], about["layers_with_gain"]) == (1, 2)
     assert about["attention_products"] == 3
     assert about["weight_bits"] == {"4 bits": "4 parts", "8 bits": "1 part"}
     assert about["activation_bits"] == {"6 bits": "1 table", "8 bits": "8 tables"}

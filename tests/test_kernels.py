@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib.util
 import os
 import random
@@ -69,10 +70,23 @@ def rounded64(x: Tensor, table: StepTable, step: int) -> Tensor:
     return (codes.double() - zero) * scale.double()
 
 
+def bias_at(module: nn.Module, layer: QuantizedLayer, step: int) -> Tensor | None:
+    bias = module.bias if layer.bias is None else layer.bias[step] if layer.bias.dim() == 2 else layer.bias
+    return None if bias is None else bias.detach()
+
+
+def moved_at(op: Any, step: int) -> list[Tensor | None]:
+    """k d_w, times the gain, of each part of a layer of onednn."""
+    return [None if part.moved is None else part.moved[step] for part in op.parts]
+
+
 def emulate(
     module: nn.Module, layer: QuantizedLayer, x: Tensor, step: int, moved: list[Any] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(the layer in float64 written out, Σ (|x̂| + |z d|) (|ŵ| + |moved|) + |b|); moved: (out,) or None for each part."""
+    """(the layer in float64 written out, Σ (|x̂| + |z d|) (|ŵ| + |moved|) + |b|); moved: (out,) or None for each part.
+
+    ŵ has the gain of its part and step in it.
+    """
     axis = -1 if layer.kind == "linear" else -len(module.weight.shape) + 1
     xs, ws, extra, zeros = [], [], [], []
     for part in layer.parts:
@@ -80,12 +94,13 @@ def emulate(
         zeros += [abs(float(part.act.zero[step]) * float(part.act.scale[step]))] * (part.end - part.begin)
         form = (-1, *(1,) * (part.weight.codes.dim() - 1))
         zero, scale = part.weight.zero.reshape(form).double(), part.weight.scale.reshape(form).double()
-        ws.append((part.weight.codes.double() - zero) * scale)
+        gain = torch.ones(1) if part.gain is None else part.gain[step]
+        ws.append((part.weight.codes.double() - zero) * scale * gain.double().reshape(form))
         more = None if moved is None else moved[layer.parts.index(part)]
         extra.append(ws[-1].abs() + (0 if more is None else more.double().abs().reshape(form)))
     xhat, what, size = torch.cat(xs, axis), torch.cat(ws, 1), torch.cat(extra, 1)
-    bias = layer.bias if layer.bias is not None else module.bias
-    bias = None if bias is None else bias.detach().double()
+    bias = bias_at(module, layer, step)
+    bias = None if bias is None else bias.double()
     results = []
     offset = torch.tensor(zeros, dtype=torch.float64)
     for a, b, c in ((xhat, what, bias), (xhat.abs(), size, None if bias is None else bias.abs())):
@@ -106,8 +121,22 @@ def distance(found: Tensor, exact: Tensor, size: Tensor) -> float:
     return float(((found.double() - exact).abs() / (size + 1e-30)).max()) if exact.numel() else 0.0
 
 
+def compensated(layer: QuantizedLayer, rng: torch.Generator, pick: random.Random) -> QuantizedLayer:
+    """Perhaps with gains, of any sign, in some of its parts, and perhaps with a bias of its own, perhaps one per step."""
+    steps, outputs = len(layer.parts[0].act.scale), layer.parts[0].weight.codes.shape[0]
+
+    def gain() -> Tensor:
+        table = 1 + 0.3 * torch.randn(steps, outputs, generator=rng)
+        table[:, 0] *= pick.choice([1, 0, -1, 1e-4, 50])
+        return table
+
+    parts = tuple(dataclasses.replace(part, gain=gain()) if pick.random() < 0.5 else part for part in layer.parts)
+    shape = pick.choice([None, (outputs,), (steps, outputs), (steps, outputs)])
+    return QuantizedLayer(layer.kind, parts, None if shape is None else torch.randn(shape, generator=rng))
+
+
 def case(seed: int) -> tuple[nn.Module, QuantizedLayer, Tensor]:
-    """A random layer, calibration and input."""
+    """A random layer, calibration and input; every second layer is compensated."""
     rng, pick = torch.Generator().manual_seed(seed), random.Random(seed)
     style = pick.choice(["symmetric", "asymmetric", "positive", "constant"])
     bits, act_bits = pick.choice([2, 3, 4, 5, 6, 7, 8, 8, 8]), pick.choice([6, 8, 8])
@@ -146,7 +175,7 @@ def case(seed: int) -> tuple[nn.Module, QuantizedLayer, Tensor]:
     x = torch.randn(shape, generator=rng) * 2
     if len(shape) == 4 and pick.random() < 0.5:
         x = x.contiguous(memory_format=torch.channels_last)
-    return module, layer, x
+    return module, compensated(layer, rng, pick) if seed % 2 else layer, x
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -168,7 +197,7 @@ def test_onednn_is_the_reference(seed: int) -> None:
     module, layer, x = case(seed)
     op, reference = onednn.build(module, layer), KERNELS["reference"].build(module, layer)
     for step in (0, 1):
-        exact, size = emulate(module, layer, x, step, [part.moved for part in op.parts])
+        exact, size = emulate(module, layer, x, step, moved_at(op, step))
         found = op(x, step)
         assert found.dtype == x.dtype
         assert distance(found, exact, size) < 1e-6
@@ -190,7 +219,7 @@ def test_sums_do_not_wrap(zero: int) -> None:
         x = torch.rand(shape, generator=rng) * 5 - zero * 0.021
         op = onednn.build(module, layer)
         for step in (0, 1):
-            exact, size = emulate(module, layer, x, step, [part.moved for part in op.parts])
+            exact, size = emulate(module, layer, x, step, moved_at(op, step))
             assert distance(op(x, step), exact, size) < 1e-6
             codes = op.quantize(x, step)
             total = torch.ones_like(op.from_codes(codes, step))
@@ -208,7 +237,7 @@ def test_codes_and_sums(seed: int) -> None:
     """`from_codes(quantize(x))` is the op; it adds to a given tensor in place, with or without the bias."""
     module, layer, x = case(seed)
     op = onednn.build(module, layer)
-    moved = [part.moved for part in op.parts]
+    moved = moved_at(op, 1)
     codes = op.quantize(x, 1)
     assert all(part.dtype == torch.uint8 for part in codes)
     if layer.kind != "linear":
@@ -221,8 +250,9 @@ def test_codes_and_sums(seed: int) -> None:
     back = op.from_codes(codes, 1, total)
     assert back.data_ptr() == total.data_ptr()
     assert distance(total.reshape(exact.shape), exact + before, size + before.abs()) < 1e-6
-    if module.bias is not None:
-        bias = module.bias.detach().reshape(-1, *(1,) * (module.weight.dim() - 2))
+    bias = bias_at(module, layer, 1)
+    if bias is not None:
+        bias = bias.reshape(-1, *(1,) * (module.weight.dim() - 2))
         bare = op.from_codes(codes, 1, bias=False).reshape(exact.shape)
         assert distance(bare + bias, exact, size) < 1e-6
 
@@ -405,8 +435,8 @@ def test_a_processor_that_saturates_is_refused() -> None:
 
 
 def check_cuda(op: Any, module: nn.Module, layer: QuantizedLayer, x: Tensor) -> None:
-    moved = [part.moved.cpu() * part.scale.cpu() for part in op.parts]
     for step in (0, 1):
+        moved = [part.moved.cpu() * part.scales[step].cpu() for part in op.parts]
         exact, size = emulate(module, layer, x.cpu(), step, moved)
         assert distance(op(x, step).cpu(), exact, size) < 1e-6
 

@@ -48,12 +48,21 @@ class StepTable:
 
 @dataclass(frozen=True, eq=False)
 class LayerPart:
-    """Input channels begin:end of a layer: their weight and the quantizer of what comes in there."""
+    """Input channels begin:end of a layer: their weight and the quantizer of what comes in there.
+
+    Attributes:
+        begin, end: the channels.
+        weight: of those channels.
+        act: the quantizer of what comes in, per step.
+        gain: float32 (T, out), finite, of any sign: what the part gives, before the bias, is multiplied by it (errors
+            compensated per step and output channel, METHOD 4.4). None: by 1.
+    """
 
     begin: int
     end: int
     weight: WeightCodes
     act: StepTable
+    gain: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +72,7 @@ class QuantizedLayer:
     Attributes:
         kind: which module it replaces.
         parts: one, or two for a layer whose input is a concatenation; they tile the input channels.
-        bias: float32 (out,) where reconstruction changed it; None: the module's own bias (or none) is used.
+        bias: float32 (out,), or (T, out) with one for each step; None: the module's own bias (or none) is used.
     """
 
     kind: Kind
@@ -187,7 +196,7 @@ class Calibration:
     def weight_bytes(self) -> int:
         """Bytes of the quantized weights: packed codes, and 4 + 2 for scale and zero point of each output channel.
 
-        A folder takes one less for zero points that fit a byte, and has the step tables and the page besides.
+        A folder takes one less for zero points that fit a byte, and has step tables, gains, biases and the page besides.
         """
         return sum(packed_bytes(w.codes.numel(), w.bits) + 6 * w.codes.shape[0] for w in self._weights())
 

@@ -96,12 +96,12 @@ def _checkpoint(file: Path) -> dict[str, Any]:
 
 def _calibration(folder: Path) -> dict[str, Any]:
     from iec.artifact.calibration import Calibration
-    from iec.artifact.folder import VERSION
+    from iec.artifact.folder import PAGE
 
     calibration = Calibration.load(folder)
     origin, quant = calibration.origin, calibration.quant
     about: dict[str, Any] = {
-        "version": VERSION,
+        "version": _read(folder / PAGE).get("version"),
         "pipeline": origin.pipeline,
         "denoisers": origin.denoisers,
         "weights": {name: f"sha256 {digest[:12]}…" for name, digest in origin.weights.items()},
@@ -128,6 +128,10 @@ def _quantization(quant: Quantization, calibration: Calibration) -> dict[str, An
         "layers": len(parts),
         "split_layers": sum(len(layer) > 1 for layer in parts.values()),
         "layers_with_new_bias": sum(layer.bias is not None for layer in quant.layers.values()),
+        "layers_with_bias_per_step": sum(
+            layer.bias is not None and layer.bias.dim() == 2 for layer in quant.layers.values()
+        ),
+        "layers_with_gain": sum(any(part.gain is not None for part in layer) for layer in parts.values()),
         "attention_products": len(quant.products),
         "weight_bits": _bits([part.weight.bits for part in every], "part"),
         "activation_bits": _bits([part.act.bits for part in every] + [table.bits for table in products], "table"),

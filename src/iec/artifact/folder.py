@@ -28,7 +28,8 @@ from iec.artifact.plain import Fields, dumps, loads, plain, short
 from iec.artifact.validity import check
 
 FORMAT = "iec-calibration"
-VERSION = 1
+VERSION = 2  # 1: no gains, no bias per step
+READABLE = (1, VERSION)
 PAGE = "calibration.json"
 
 _TENSORS = re.compile(r"calibration-[0-9a-f]{16}\.safetensors")
@@ -56,7 +57,7 @@ def save(calibration: Calibration, folder: str | os.PathLike[str]) -> None:
     check(calibration)
     origin = {name: plain(getattr(calibration.origin, name), f"origin.{name}") for name in _ORIGIN}
     page, tensors = (None, {}) if calibration.quant is None else flatten(calibration.quant)
-    _read(origin, page)  # what is written can be read: a bad type shows here, not when it is needed
+    _read(origin, page, VERSION)  # what is written can be read: a bad type shows here, not when it is needed
 
     file = folder / f"calibration-{fingerprint.tensors(tensors)[:16]}.safetensors"
     with replacing(file) as temporary:
@@ -122,12 +123,14 @@ def _parse(document: Any) -> tuple[Origin, Page | None, dict[str, Any]]:
     fields = Fields(document, "")
     fields.take("format", "text")
     version = fields.take("version", "a whole number")
-    if version != VERSION:
-        raise ValueError(f"version: found {version}, expected {VERSION}; calibrate anew, or use the iec that wrote it")
+    if version not in READABLE:
+        raise ValueError(
+            f"version: found {version}, expected {' or '.join(map(str, READABLE))}; calibrate anew, or use the iec that wrote it"
+        )
     origin, page = fields.take("origin", "an object"), fields.take("quantization", "an object or null")
     about, digests = fields.take("tensors", "an object"), fields.take("digests", "an object of texts")
     fields.done()
-    read = _read(origin, page)
+    read = _read(origin, page, version)
     stored = Fields(about, "tensors")
     if not _TENSORS.fullmatch(stored.take("file", "text")):
         raise ValueError(f"tensors.file: found {short(about['file'])}, expected calibration-….safetensors")
@@ -146,12 +149,12 @@ def _parse(document: Any) -> tuple[Origin, Page | None, dict[str, Any]]:
     return *read, about
 
 
-def _read(origin: Any, page: Any) -> tuple[Origin, Page | None]:
+def _read(origin: Any, page: Any, version: int) -> tuple[Origin, Page | None]:
     fields = Fields(origin, "origin")
     values = {name: fields.take(name, kind) for name, kind in _ORIGIN.items()}
     fields.done()
     values["timesteps"] = tuple(map(float, values["timesteps"]))
-    return Origin(**values), None if page is None else Page(page, values["num_steps"])
+    return Origin(**values), None if page is None else Page(page, values["num_steps"], version)
 
 
 def _digests(origin: dict[str, Any], page: dict[str, Any] | None, about: dict[str, Any]) -> dict[str, str]:

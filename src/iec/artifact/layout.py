@@ -1,15 +1,18 @@
-"""Quantized layers as a page of plain data and five flat tensors.
+"""Quantized layers as a page of plain data and six flat tensors.
 
 A tensor of its own for every scale and zero would cost more in headers than in values. So there is one tensor per sort
 of value, over all layers: parts in the order of the sorted layer names, each weight before its step table; then products
 in the order of the sorted attention modules and of their operands. Which stretch is whose follows from the plain data.
 
 Nearly all zero points are codes themselves and take a byte; weights and tables with others are listed as wide.
+
+Few parts have gains and few layers a bias per step; these are listed too. Pages of version 1 are without the two lists.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -30,7 +33,8 @@ _DTYPES = {
     "scale": torch.float32,  # of weights (output channels,) and tables (steps,)
     "zero": torch.uint8,  # as many as scales, but for the wide ones
     "zero_wide": torch.int16,
-    "bias": torch.float32,  # (output channels of all layers with a bias,)
+    "gain": torch.float32,  # of parts (steps · output channels,)
+    "bias": torch.float32,  # of layers (output channels,) or (steps · output channels,)
 }
 
 
@@ -55,6 +59,8 @@ def flatten(quant: Quantization) -> tuple[dict[str, Any], dict[str, torch.Tensor
             put("codes", pack(part.weight.codes.detach().cpu().contiguous(), part.weight.bits))
             put_affine(part.weight, _weight_path(name, index))
             put_affine(part.act, _act_path(name, index))
+            if part.gain is not None:
+                put("gain", part.gain)
         if layer.bias is not None:
             put("bias", layer.bias)
     for name, tables in sorted(quant.products.items()):
@@ -64,12 +70,16 @@ def flatten(quant: Quantization) -> tuple[dict[str, Any], dict[str, torch.Tensor
     return {**_plain(quant), "wide": wide}, tensors
 
 
+def _part_path(name: str, index: int) -> str:
+    return f"{name}.parts[{index}]"
+
+
 def _weight_path(name: str, index: int) -> str:
-    return f"{name}.parts[{index}].weight"
+    return f"{_part_path(name, index)}.weight"
 
 
 def _act_path(name: str, index: int) -> str:
-    return f"{name}.parts[{index}].act"
+    return f"{_part_path(name, index)}.act"
 
 
 def _plain(quant: Quantization) -> dict[str, Any]:
@@ -96,6 +106,13 @@ def _plain(quant: Quantization) -> dict[str, Any]:
         "products": {name: {key: table.bits for key, table in of.items()} for name, of in quant.products.items()},
         "skipped": quant.skipped,
         "reconstruction": quant.reconstruction,
+        "gains": [
+            _part_path(name, index)
+            for name, layer in quant.layers.items()
+            for index, part in enumerate(layer.parts)
+            if part.gain is not None
+        ],
+        "biases_per_step": [n for n, layer in quant.layers.items() if layer.bias is not None and layer.bias.dim() == 2],
     }
     return {key: plain(value, f"quantization.{key}") for key, value in page.items()}
 
@@ -103,8 +120,8 @@ def _plain(quant: Quantization) -> dict[str, Any]:
 class Page:
     """The plain data of quantized layers, read with checks: what tensors belong to it, and the layers made of them."""
 
-    def __init__(self, value: Any, steps: int) -> None:
-        """Read `value`, whose tables have `steps` entries. Raises ValueError naming the field."""
+    def __init__(self, value: Any, steps: int, version: int) -> None:
+        """Read `value`, of that version, whose tables have `steps` entries. Raises ValueError naming the field."""
         fields = Fields(value, "quantization")
         self._steps = steps
         self._config = fields.take("config", "an object")
@@ -117,6 +134,8 @@ class Page:
             of = Fields(tables, f"quantization.products[{name!r}]")
             self._products[name] = {key: of.take(key, "a whole number in 2..8") for key in tables}
         self._wide: list[str] = fields.take("wide", "a list of texts")
+        self._gains: list[str] = fields.take("gains", "a list of texts") if version > 1 else []
+        self._per_step: list[str] = fields.take("biases_per_step", "a list of texts") if version > 1 else []
         fields.done()
 
     def _affines(self) -> dict[str, int]:
@@ -128,25 +147,34 @@ class Page:
         return sizes | {f"{name}.{key}": self._steps for name, of in self._products.items() for key in of}
 
     def shapes(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Which tensors there must be, of which dtype and shape. Raises ValueError for wide zero points of nothing."""
-        parts = [part for layer in self._layers.values() for part in layer.parts]
-        affines = self._affines()
-        if set(self._wide) - affines.keys() or len(set(self._wide)) < len(self._wide):
-            unknown = [path for path in self._wide if path not in affines] or self._wide
-            raise ValueError(f"quantization.wide: found {short(unknown)}, expected weights and tables, each once")
+        """Which tensors there must be, of which dtype and shape.
+
+        Raises ValueError for wide zero points, gains and biases of nothing.
+        """
+        named = {_part_path(n, i): part for n, layer in self._layers.items() for i, part in enumerate(layer.parts)}
+        parts, affines = list(named.values()), self._affines()
+        own = {name for name, layer in self._layers.items() if layer.bias}
+        _each_once("wide", self._wide, affines, "weights and tables")
+        _each_once("gains", self._gains, named, "parts of layers")
+        _each_once("biases_per_step", self._per_step, own, "layers with a bias")
         scales, wide = sum(affines.values()), sum(affines[path] for path in self._wide)
         sizes = {
             "codes": sum(packed_bytes(math.prod(part.shape), part.weight_bits) for part in parts),
             "scale": scales,
             "zero": scales - wide,
             "zero_wide": wide,
-            "bias": sum(layer.parts[0].shape[0] for layer in self._layers.values() if layer.bias),
+            "gain": sum(self._steps * named[path].shape[0] for path in self._gains),
+            "bias": sum(math.prod(self._bias_shape(name)) for name in own),
         }
         return {name: (_DTYPES[name], (size,)) for name, size in sizes.items() if size}
 
+    def _bias_shape(self, name: str) -> tuple[int, ...]:
+        outputs = self._layers[name].parts[0].shape[0]
+        return (self._steps, outputs) if name in self._per_step else (outputs,)
+
     def build(self, tensors: dict[str, torch.Tensor]) -> Quantization:
         """The layers, out of `tensors` with exactly the names, dtypes and shapes of `shapes`."""
-        begins, wide = dict.fromkeys(_DTYPES, 0), set(self._wide)
+        begins, wide, gains = dict.fromkeys(_DTYPES, 0), set(self._wide), set(self._gains)
 
         def take(pool: str, size: int) -> torch.Tensor:
             begins[pool] += size
@@ -163,13 +191,18 @@ class Page:
             codes = unpack(codes, part.weight_bits, part.shape)
             return WeightCodes(codes, *affine(path, part.shape[0]), part.weight_bits)
 
+        def floats(pool: str, shape: tuple[int, ...]) -> torch.Tensor:
+            return take(pool, math.prod(shape)).view(shape)
+
+        def part(name: str, index: int, of: _Part) -> LayerPart:
+            of_weight, of_act = weight(_weight_path(name, index), of), table(_act_path(name, index), of.act_bits)
+            gain = floats("gain", (self._steps, of.shape[0])) if _part_path(name, index) in gains else None
+            return LayerPart(of.begin, of.end, of_weight, of_act, gain)
+
         made: dict[str, QuantizedLayer] = {}
         for name, layer in sorted(self._layers.items()):
-            parts = tuple(
-                LayerPart(p.begin, p.end, weight(_weight_path(name, i), p), table(_act_path(name, i), p.act_bits))
-                for i, p in enumerate(layer.parts)
-            )
-            bias = take("bias", layer.parts[0].shape[0]) if layer.bias else None
+            parts = tuple(part(name, index, of) for index, of in enumerate(layer.parts))
+            bias = floats("bias", self._bias_shape(name)) if layer.bias else None
             made[name] = QuantizedLayer(layer.kind, parts, bias)
         products: dict[str, Any] = {}
         for name, of in sorted(self._products.items()):
@@ -181,6 +214,12 @@ class Page:
             skipped=self._skipped,
             reconstruction=self._reconstruction,
         )
+
+
+def _each_once(field: str, listed: list[str], known: Collection[str], what: str) -> None:
+    unknown = [path for path in listed if path not in known]
+    if unknown or len(set(listed)) < len(listed):
+        raise ValueError(f"quantization.{field}: found {short(unknown or listed)}, expected {what}, each once")
 
 
 class _Layer:

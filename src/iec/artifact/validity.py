@@ -37,11 +37,12 @@ def _layer(layer: QuantizedLayer, path: str, steps: int) -> None:
     for index, part in enumerate(layer.parts):
         _weight(part.weight, f"{path}.parts[{index}].weight", _DIMS[layer.kind])
         _table(part.act, f"{path}.parts[{index}].act", steps)
+        if part.gain is not None:
+            _finite(part.gain, f"{path}.parts[{index}].gain", (steps, part.weight.codes.shape[0]))
     _tiling(layer, path)
     if layer.bias is not None:
-        _tensor(layer.bias, f"{path}.bias", torch.float32, (layer.parts[0].weight.codes.shape[0],))
-        if not bool(torch.isfinite(layer.bias).all()):
-            raise ValueError(f"{path}.bias: found values that are not finite")
+        outputs = layer.parts[0].weight.codes.shape[0]
+        _finite(layer.bias, f"{path}.bias", (steps, outputs) if layer.bias.dim() == 2 else (outputs,))
 
 
 def _tiling(layer: QuantizedLayer, path: str) -> None:
@@ -106,6 +107,12 @@ def _scale_and_zero(scale: torch.Tensor, zero: torch.Tensor, path: str, size: in
         raise ValueError(f"{path}.scale: found values that are not finite and positive")
     if int(zero.int().abs().max()) > ZERO_LIMIT:
         raise ValueError(f"{path}.zero: found {int(zero.int().abs().max())}, expected at most {ZERO_LIMIT} in size")
+
+
+def _finite(value: torch.Tensor, path: str, shape: tuple[int, ...]) -> None:
+    _tensor(value, path, torch.float32, shape)
+    if not bool(torch.isfinite(value).all()):
+        raise ValueError(f"{path}: found values that are not finite")
 
 
 def _tensor(value: torch.Tensor, path: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:

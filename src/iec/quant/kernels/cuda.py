@@ -13,8 +13,10 @@ step's zero point cut to 0..255 and padding by a = z − 128, whose value is 0,
 
     y[o] = d_x d_w[o] (Σ a w + (128 − z) Σ w + k[o] (Σ a + (128 − z) K)) + b[o],      K: the number of terms,
 
-where the first two terms are summed in int32. What is cut off a zero point beyond 0..255 is a constant image, whose
-convolution is added. The bound is that of `onednn`: 1e-6 of Σ |x̂| (|ŵ| + |k d_w|) + |b|, given equal codes.
+where d_w has the step's gain in it, if the part has one, and the first two terms are summed in int32. What is cut off a zero
+point beyond 0..255 is a constant image, whose convolution is added.
+
+The bound is that of `onednn`: 1e-6 of Σ |x̂| (|ŵ| + |k d_w|) + |b|, given equal codes.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from iec.artifact.calibration import LayerPart, QuantizedLayer
-from iec.quant.kernels.geometry import Geometry, Steps, bias_of, centred, describe, fit_int8
+from iec.quant.kernels.geometry import Geometry, Steps, biases, centred, describe, fit_int8, per_step
 
 OLDEST = (8, 0)  # compute capability; Triton 3.7 does not compile int8 products for 7.5
 
@@ -72,7 +74,7 @@ class CudaPart:
     def __init__(self, at: Geometry, part: LayerPart, device: torch.device) -> None:
         self.at, self.begin, self.end = at, part.begin, part.end
         self.steps = Steps(part)
-        self.scales = part.act.scale.float().to(device)  # on the device: x / d is a true division by a tensor only
+        self.act_scale = part.act.scale.float().to(device)  # on the device: x / d is a true division by a tensor only
         whole = centred(part).to(device)
         weight, self.moved = fit_int8(whole)
         self.has_moved = bool(self.moved.any())
@@ -81,56 +83,57 @@ class CudaPart:
         self.weight = weight.reshape(at.outputs, -1).contiguous()
         self.sums = self.weight.sum(1, dtype=torch.int32)
         self.scale = part.weight.scale.float().to(device)
+        self.scales = per_step(part, self.scale.double())  # times the gain
         self.taps: Tensor | None = None  # (O, 1, ky, kx), the sums over the channels, where a step needs them
         if any(not 0 <= zero <= 255 for zero in self.steps.zero):
             taps = whole.reshape(at.outputs, whole.shape[1], *at.kernel).sum(1, keepdim=True)
-            self.taps = taps.double() * self.scale.double().reshape(-1, 1, 1, 1)
+            self.taps = taps.double()
 
     def codes(self, x: Tensor, step: int) -> Tensor:
         """a = q − 128 as int8 (…, C') contiguous for x (…, C), float32, channels last."""
-        x = x[..., self.begin : self.end] / self.scales[step]
+        x = x[..., self.begin : self.end] / self.act_scale[step]
         x = x.round_().add_(self.steps.zero[step]).clamp_(0, self.steps.top)
         return x.sub_(128).to(torch.int8).contiguous()
 
     def product(self, a: Tensor, step: int, bias: Tensor | None, dtype: torch.dtype, triton: bool) -> Tensor:
         """The part's output for codes (N, H, W, C') or (…, C'), channels last, bias included."""
-        at, scale = self.at, self.steps.scale[step]
+        at, scale, by = self.at, self.steps.scale[step], self.scales[step]
         zero = min(max(self.steps.zero[step], 0), 255)
         simple = at.kind == "linear" or (
             at.groups == 1 and at.kernel == at.stride == (1, 1) and at.padding == (0, 0) == at.crop
         )
         if simple:
-            y = self._matrix(a.reshape(-1, a.shape[-1]), self._all(), zero, scale, bias)
+            y = self._matrix(a.reshape(-1, a.shape[-1]), self._all(), zero, scale, by, bias)
             y = y.reshape(*a.shape[:-1], at.outputs)
         elif triton:
-            y = self._implicit(a, zero, scale, bias, dtype)
+            y = self._implicit(a, zero, scale, by, bias, dtype)
         else:
-            y = self._explicit(a, zero, scale, bias)
+            y = self._explicit(a, zero, scale, by, bias)
         if zero != self.steps.zero[step]:
             assert self.taps is not None
-            rest = scale * (zero - self.steps.zero[step])
+            rest = scale * (zero - self.steps.zero[step]) * by.double()
             if at.kind == "linear":
                 y = y + (rest * self.taps.flatten()).float()
             else:
                 ones = torch.ones((1, 1, *a.shape[1:3]), dtype=torch.float64, device=a.device)
-                plane = F.conv2d(ones, self.taps, None, at.stride, at.padding, at.dilation) * rest
-                y = y + plane.permute(0, 2, 3, 1).float()
+                plane = F.conv2d(ones, self.taps, None, at.stride, at.padding, at.dilation)
+                y = y + (plane.permute(0, 2, 3, 1) * rest).float()
         return y
 
     def _all(self) -> slice:
         return slice(0, self.at.outputs)
 
-    def _matrix(self, a: Tensor, which: slice, zero: int, scale: float, bias: Tensor | None) -> Tensor:
+    def _matrix(self, a: Tensor, which: slice, zero: int, scale: float, by: Tensor, bias: Tensor | None) -> Tensor:
         """The formula for windows a (M, K) and the output channels `which`."""
         total = int_product(a, self.weight[which]) + (128 - zero) * self.sums[which]
         y = total.float()
         if self.has_moved:
             inputs = a.sum(1, keepdim=True, dtype=torch.int32) + (128 - zero) * self.size
             y += inputs.float() * self.moved[which].float()
-        y *= scale * self.scale[which]
+        y *= scale * by[which]
         return y if bias is None else y + bias[which]
 
-    def _explicit(self, a: Tensor, zero: int, scale: float, bias: Tensor | None) -> Tensor:
+    def _explicit(self, a: Tensor, zero: int, scale: float, by: Tensor, bias: Tensor | None) -> Tensor:
         at = self.at
         found = windows(a, at, zero - 128)
         inputs, outputs = a.shape[3] // at.groups, at.outputs // at.groups
@@ -138,10 +141,12 @@ class CudaPart:
         for group in range(at.groups):
             window = found[..., group * inputs : (group + 1) * inputs].reshape(-1, self.size)
             which = slice(group * outputs, (group + 1) * outputs)
-            parts.append(self._matrix(window, which, zero, scale, bias))
+            parts.append(self._matrix(window, which, zero, scale, by, bias))
         return torch.cat(parts, 1).reshape(*found.shape[:3], at.outputs)
 
-    def _implicit(self, a: Tensor, zero: int, scale: float, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    def _implicit(
+        self, a: Tensor, zero: int, scale: float, by: Tensor, bias: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
         convolve: Any = _triton()
         at = self.at
         count, height, width, channels = a.shape
@@ -152,7 +157,7 @@ class CudaPart:
         grid = (-(-count * rows * columns // 128), -(-outputs // block_n), at.groups)
         with torch.cuda.device(a.device) if a.is_cuda else contextlib.nullcontext():
             convolve[grid](
-                a, self.weight, self.sums, self.moved, self.scale, self.scale if bias is None else bias, y,
+                a, self.weight, self.sums, self.moved, by, by if bias is None else bias, y,
                 scale, zero, count, height, width, rows, columns, self.weight.stride(0),
                 GROUPS=at.groups, CHANNELS=channels // at.groups, OUTPUTS=outputs,
                 KERNEL_Y=at.kernel[0], KERNEL_X=at.kernel[1], STRIDE_Y=at.stride[0], STRIDE_X=at.stride[1],
@@ -169,7 +174,7 @@ class CudaLayer:
         self.geometry: Geometry = describe(module, layer)
         device = module.weight.device
         self.parts = [CudaPart(self.geometry, part, device) for part in layer.parts]
-        self.bias = bias_of(module, layer)
+        self.biases = biases(module, layer)
         self.triton = device.type == "cuda" and _triton() is not None
 
     def __call__(self, x: Tensor, step: int) -> Tensor:
@@ -197,12 +202,13 @@ class CudaLayer:
         return at.restore(y, x).to(x.dtype)
 
     def _sum(self, x: Tensor, step: int, dtype: torch.dtype) -> Tensor:
-        total, bias = None, self.bias
+        total = None
         narrow = dtype if len(self.parts) == 1 and dtype != torch.float64 else torch.float32
         for part in self.parts:
             part.steps.check(step)
+            bias = self.biases[step] if total is None else None  # once
             y = part.product(part.codes(x, step), step, bias, narrow, self.triton)
-            total, bias = y if total is None else total.add_(y), None
+            total = y if total is None else total.add_(y)
         assert total is not None
         return total
 

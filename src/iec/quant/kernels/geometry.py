@@ -116,6 +116,11 @@ def describe(module: nn.Module, layer: QuantizedLayer) -> Geometry:
         want = (found.outputs, (part.end - part.begin) // found.groups, *window)
         if tuple(part.weight.codes.shape) != want:
             raise ValueError(f"weight codes are {tuple(part.weight.codes.shape)}; the module needs {want}")
+        gains = (len(part.act.scale), found.outputs)
+        if part.gain is not None and tuple(part.gain.shape) != gains:
+            raise ValueError(
+                f"the gain of a part is {tuple(part.gain.shape)}; expected {gains}: steps, output channels"
+            )
     return found
 
 
@@ -153,12 +158,33 @@ def _convolution(module: nn.Conv2d | nn.Conv1d) -> Geometry:
     )
 
 
-def bias_of(module: nn.Module, layer: QuantizedLayer) -> Tensor | None:
-    """The bias (out,) in float32 on the module's device: the calibration's where it holds one, else the module's."""
+def biases(module: nn.Module, layer: QuantizedLayer) -> list[Tensor | None]:
+    """The bias (out,) of each step, float32 on the module's device: the calibration's where it holds one, else the module's.
+
+    Raises ValueError for a shape that fits neither the module nor the steps.
+    """
+    steps, outputs = len(layer.parts[0].act.scale), module.weight.shape[0]  # type: ignore[index]
     bias = layer.bias if layer.bias is not None else module.bias
     if bias is None:
-        return None
-    return bias.detach().to(device=module.weight.device, dtype=torch.float32).clone()  # type: ignore[union-attr]
+        return [None] * steps
+    if tuple(bias.shape) not in ((outputs,), (steps, outputs)):  # type: ignore[union-attr]
+        raise ValueError(
+            f"the bias of a layer is {tuple(bias.shape)}; expected {(outputs,)}, or {(steps, outputs)} for one per step"  # type: ignore[union-attr]
+        )
+    bias = bias.detach().to(device=module.weight.device, dtype=torch.float32).clone()  # type: ignore[union-attr, arg-type]
+    return rows(bias) if bias.dim() == 2 else [bias] * steps
+
+
+def per_step(part: LayerPart, value: Tensor) -> list[Tensor]:
+    """gain[t] · value in float32 for each step t; value: float64 (out,). Without a gain, always the same tensor."""
+    if part.gain is None:
+        return [value.float()] * len(part.act.scale)
+    return rows((part.gain.detach().to(value) * value).float())
+
+
+def rows(table: Tensor) -> list[Tensor]:
+    """The rows of a table, each on its own, so that all begin where a kernel likes numbers to begin."""
+    return [row.clone() for row in table]
 
 
 class Steps:

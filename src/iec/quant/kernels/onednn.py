@@ -1,8 +1,9 @@
 """Integer convolutions and products on the CPU through oneDNN: uint8 codes times int8 weights, summed in int32.
 
-y[o] = d_x d_w[o] Σ (q_x − z_x) w[o] + b[o], with w = q_w − z_w packed once as int8. The step's d_x and z_x go along with
-each call, so steps that differ cost nothing. Where z_x is a code, as it mostly is, the image gets a border of z_x in place of the
-padding and −d_x d_w[o] z_x Σ w[o] goes into the bias, which saves oneDNN a quarter of its time; else oneDNN is given z_x.
+y[o] = d_x d_w[o] Σ (q_x − z_x) w[o] + b[o], with w = q_w − z_w packed once as int8. The step's d_x, z_x and b go along with
+each call, and so does d_w, times the step's gain in a part that has one: steps that differ cost nothing. Where z_x is a code,
+as it mostly is, the image gets a border of z_x in place of the padding and −d_x d_w[o] z_x Σ w[o] goes into the bias, which
+saves oneDNN a quarter of its time; else oneDNN is given z_x.
 
 oneDNN's int8 weights have no zero point, so w must lie in −128..127. It does for up to 7 bits and for symmetric 8 bits.
 Where it does not, an output channel is moved by an integer k[o] into range and k[o] d_w[o] Σ (q_x − z_x) d_x is added,
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 
 from iec.artifact.calibration import LayerPart, QuantizedLayer
 from iec.quant.kernels import passes
-from iec.quant.kernels.geometry import Geometry, Steps, bias_of, centred, describe, fit_int8
+from iec.quant.kernels.geometry import Geometry, Steps, biases, centred, describe, fit_int8, per_step
 
 NEEDED = {
     # the arguments that are passed by position, in the order that this file passes them
@@ -48,15 +49,16 @@ class OnednnPart:
         self.steps = Steps(part)
         weight, moved = fit_int8(centred(part).cpu())
         self.scale = part.weight.scale.detach().float().cpu().contiguous()
+        self.scales = per_step(part, self.scale.double())  # times the gain
         self.zeros = torch.zeros(at.outputs, dtype=torch.int8)
         limit = (2**31 - 1) // max(int(weight.flatten(1).abs().sum(1, dtype=torch.int64).max()), 1) - 255
         self.zero = [0 if folded else min(max(zero, -limit), limit) for zero in self.steps.zero]
-        self.folded = (weight.flatten(1).sum(1) * self.scale.double()).float() if folded else None
+        self.folded = per_step(part, weight.flatten(1).sum(1) * self.scale.double()) if folded else None
         self.packed = self._pack(weight, self.scale)
-        self.moved: Tensor | None = None
+        self.moved: list[Tensor] | None = None
         self.ones: Tensor | None = None
         if bool(moved.any()):
-            self.moved = (moved * self.scale.double()).float()
+            self.moved = per_step(part, moved * self.scale.double())
             self.window = torch.tensor([at.kernel, at.stride, at.padding, at.dilation]).T.contiguous()
             self.one = torch.ones(at.groups)
             if at.kind != "linear":
@@ -90,27 +92,31 @@ class OnednnPart:
             *given, at.stride, at.padding, at.dilation, at.groups, 1.0, 0, dtype, "none", [], ""
         )
 
-    def run(self, codes: Tensor, step: int, bias: Tensor | None, total: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """The part's output in `dtype`; with `total` (float32, channels_last) added to that, in place."""
+    def offset(self, step: int, bias: Tensor | None) -> Tensor | None:
+        """What `run` is to add at a step: the bias, and what a zero point folded into it takes off."""
+        if self.folded is None:
+            return bias
+        shift = -self.steps.scale[step] * self.steps.zero[step]
+        return self.folded[step] * shift if bias is None else torch.add(bias, self.folded[step], alpha=shift)
+
+    def run(self, codes: Tensor, step: int, offset: Tensor | None, total: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """The part's output in `dtype`, plus its `offset`; with `total` (float32, channels_last) added to that, in place."""
         if self.moved is not None:
             total = self._add_moved(codes, step, total)
-        scale, zero = self.steps.scale[step], self.zero[step]
-        if self.folded is not None:
-            shift = -scale * self.steps.zero[step]
-            bias = self.folded * shift if bias is None else torch.add(bias, self.folded, alpha=shift)
-        elif zero != self.steps.zero[step]:
+        scale, zero, by = self.steps.scale[step], self.zero[step], self.scales[step]
+        if self.folded is None and zero != self.steps.zero[step]:
             total = self._add_rest(codes, step, total)
         # oneDNN's own sum (the operators' "binary" overloads) is no faster: torch copies the total for it.
         if total is None:
-            return self._run(codes, scale, zero, self.packed, self.scale, bias, dtype)
-        return total.add_(self._run(codes, scale, zero, self.packed, self.scale, bias, torch.float32))
+            return self._run(codes, scale, zero, self.packed, by, offset, dtype)
+        return total.add_(self._run(codes, scale, zero, self.packed, by, offset, torch.float32))
 
     def _add_rest(self, codes: Tensor, step: int, total: Tensor | None) -> Tensor:
         """d_x d_w[o] Σ (cut zero point − z_x) w[o], the same for all samples, added to `total` or alone."""
         one = torch.ones_like(codes[:1]) if self.at.kind != "linear" else codes.new_ones(codes.shape[-1:])
         rest = self.steps.scale[step] * (self.zero[step] - self.steps.zero[step])
-        # a negative scale is not oneDNN's business: its sign goes outside
-        plane = self._run(one, abs(rest), 0, self.packed, self.scale, None, torch.float32)
+        # a negative scale of the input is not oneDNN's business: its sign goes outside
+        plane = self._run(one, abs(rest), 0, self.packed, self.scales[step], None, torch.float32)
         plane = plane if rest > 0 else -plane
         if total is not None:
             return total.add_(plane)
@@ -121,7 +127,7 @@ class OnednnPart:
     def _add_moved(self, codes: Tensor, step: int, total: Tensor | None) -> Tensor:
         """k[o] d_w[o] Σ (q_x − z_x) d_x, added to `total` or alone; the sum runs over the window and the group."""
         assert self.moved is not None
-        at, scale, zero = self.at, self.steps.scale[step], self.steps.zero[step]
+        at, scale, zero, moved = self.at, self.steps.scale[step], self.steps.zero[step], self.moved[step]
         if at.kind == "linear":
             image, shape = codes.contiguous().view(-1, 1, 1, codes.shape[-1]), (*codes.shape[:-1], at.outputs)
         else:
@@ -134,9 +140,9 @@ class OnednnPart:
         elif at.kind != "linear":
             total = total.permute(0, 2, 3, 1)
         whole = total.view(-1, 1, 1, at.outputs) if at.kind == "linear" else total
-        if at.groups > 1 or not passes.add_window_sums(image, zero, self.window, self.moved * scale, whole, fresh):
+        if at.groups > 1 or not passes.add_window_sums(image, zero, self.window, moved * scale, whole, fresh):
             sums = self._sums(codes, step)
-            torch.mul(sums, self.moved, out=total) if fresh else total.addcmul_(sums, self.moved)
+            torch.mul(sums, moved, out=total) if fresh else total.addcmul_(sums, moved)
         return total if at.kind == "linear" else total.permute(0, 3, 1, 2)
 
     def _sums(self, codes: Tensor, step: int) -> Tensor:
@@ -158,7 +164,11 @@ class OnednnLayer:
         self.border = self.geometry.padding if folded else (0, 0)
         at = dataclasses.replace(self.geometry, padding=(0, 0)) if folded else self.geometry
         self.parts = [OnednnPart(at, part, folded) for part in layer.parts]
-        self.bias = bias_of(module, layer)
+        self.biases = biases(module, layer)
+        # Offsets of the parts by step, once they were needed; none are kept where all would outgrow the packed weights.
+        room = sum(part.weight.codes.numel() for part in layer.parts) // (4 * at.outputs * len(layer.parts))
+        self.keeps = len(self.biases) <= room
+        self.kept: list[tuple[Tensor | None, ...] | None] = [None] * len(self.biases)
 
     def __call__(self, x: Tensor, step: int) -> Tensor:
         """Args: x as the module takes it (any floating dtype), step 0..T−1. Returns the module's shape, dtype of x.
@@ -175,7 +185,7 @@ class OnednnLayer:
         return (y if at.kind == "linear" else at.restore(y, x)).to(x.dtype)
 
     def __deepcopy__(self, memo: object) -> OnednnLayer:
-        """Itself: it never changes, and packed weights cannot be copied."""
+        """Itself: its numbers never change, and packed weights cannot be copied."""
         return self
 
     def quantize(self, x: Tensor, step: int) -> tuple[Tensor, ...]:
@@ -231,19 +241,29 @@ class OnednnLayer:
     def _sum(
         self, codes: tuple[Tensor, ...], step: int, total: Tensor | None, with_bias: bool, dtype: torch.dtype
     ) -> Tensor:
-        bias = self.bias if with_bias else None
+        offsets = self.kept[step] if with_bias else None
+        if offsets is None:
+            offsets = self._offsets(step, with_bias)
         given, crop = total, self.geometry.crop
         if any(crop):  # the output is cut afterwards, so nothing can be added to it in place
             total = None
-        for part, part_codes in zip(self.parts, codes, strict=True):
+        for part, part_codes, offset in zip(self.parts, codes, offsets, strict=True):
             single = len(self.parts) == 1 and total is None
-            total = part.run(part_codes, step, bias, total, dtype if single else torch.float32)
-            bias = None  # once
+            total = part.run(part_codes, step, offset, total, dtype if single else torch.float32)
         assert total is not None
         if not any(crop):
             return total
         total = total[:, :, crop[0] :, crop[1] :].contiguous(memory_format=torch.channels_last)
         return total if given is None else given.add_(total)
+
+    def _offsets(self, step: int, with_bias: bool) -> tuple[Tensor | None, ...]:
+        """What each part is to add: the first one the bias, once."""
+        first, *others = self.parts
+        bias = self.biases[step] if with_bias else None
+        offsets = (first.offset(step, bias), *(part.offset(step, None) for part in others))
+        if with_bias and self.keeps:
+            self.kept[step] = offsets
+        return offsets
 
 
 @functools.cache

@@ -63,6 +63,15 @@ def test_is_the_least_squares_fit() -> None:
         torch.testing.assert_close(torch.stack([fit.gain[channel], fit.offset[channel]]), solved)
 
 
+def test_shift() -> None:
+    """The best offset where the gain is held at 1."""
+    x, y = random(30, 4), 2 + random(30, 4, seed=1)
+    fit = moments_of(x, y).shift()
+    assert (fit.gain == 1).all()
+    torch.testing.assert_close(fit.offset, (y - x).mean(0))
+    assert (PairMoments(4).shift().offset == 0).all()
+
+
 def test_merged_is_at_once() -> None:
     """In whatever pieces, and in whatever order."""
     x, y = 5 + random(24, 3, 4, 4), random(24, 3, 4, 4, seed=1)

@@ -17,6 +17,7 @@ import re
 from fractions import Fraction
 from typing import NamedTuple
 
+import numpy as np
 from torch import Tensor
 
 from iec.core.segmentation import segment
@@ -133,8 +134,8 @@ def quadratic(interval: int, num_steps: int, power: float = 1.5) -> CachePlan:
     power = _quadratic_power(power)
     if count == num_steps:  # every step, which coinciding values would miss
         return uniform(1, num_steps)
-    top = num_steps ** (1 / power)
-    return CachePlan(tuple(sorted({int((top * j / count) ** power) for j in range(count)})), num_steps)
+    line = np.linspace(0, num_steps ** (1 / power), count + 1)[:-1]
+    return CachePlan(tuple(np.unique((line**power).astype(np.int64)).tolist()), num_steps)
 
 
 def centred(interval: int, num_steps: int, centre: int = 15, power: float = 1.4) -> CachePlan:
@@ -163,10 +164,14 @@ def centred(interval: int, num_steps: int, centre: int = 15, power: float = 1.4)
 
 
 def _centred_steps(count: int, num_steps: int, centre: int, power: float) -> tuple[int, ...]:
-    """The refresh steps for one power. The powers are complex, principal ones: a signed power gives other steps (METHOD 3.1)."""
-    low, high = complex(-centre) ** (1 / power), complex(num_steps - centre) ** (1 / power)
-    values = sorted({int(((low + (high - low) * j / count) ** power).real) for j in range(count + 1)})
-    return (0, *sorted({value + centre for value in values[1:-1]}))
+    """The refresh steps for one power.
+
+    (−c)^{1/p} is the complex principal power: a signed one gives other steps. The first value is −c but for rounding, which
+    decides whether it is cut to −c or −c + 1, and in 3 % of cases so the plan. NumPy's rounding gives the released lists.
+    """
+    line = np.linspace((-centre) ** (1 / power), (num_steps - centre) ** (1 / power), count + 1)
+    values = np.unique((line**power).real.astype(np.int64))[1:-1]
+    return (0, *(int(value) + centre for value in values))
 
 
 def _off(steps: tuple[int, ...], count: int) -> tuple[int, int]:

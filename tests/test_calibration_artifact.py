@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 
 from iec.artifact import fingerprint, folder
 from iec.artifact.calibration import (
+    CacheTables,
     Calibration,
     LayerPart,
     Origin,
@@ -105,6 +106,13 @@ class Maker:
         }
         return Origin(**values | changes)
 
+    def cache(self, channels: int = 3, refresh: tuple[int, ...] = (0, 2, 3), window: Any = None) -> CacheTables:
+        """1 and 0 at whole passes, numbers of both signs elsewhere, in memory one on top of the other."""
+        tables = self.numbers(self.steps, 2, channels)
+        tables[list(refresh)] = torch.tensor([[1.0], [0.0]])
+        config = {"interval": 2, "branch": None, "schedule": "dps", "window": window, "compensate": "all"}
+        return CacheTables("unet", config, -1, refresh, tables[:, 0], tables[:, 1])
+
     def calibration(self, bits: int = 4, products: bool = True) -> Calibration:
         layers = {
             "unet.up.0.conv": self.layer("conv2d", 5, 3, 2, bits=bits, bias=True, gains=(1,)),
@@ -121,7 +129,7 @@ class Maker:
             skipped={"unet.norm": "no layer of a kind that is quantized"},
             reconstruction={"iterations": 20, "loss": {"unet.mid": 0.25}} if products else None,
         )
-        return Calibration(self.origin(), quant)
+        return Calibration(self.origin(), quant, self.cache())
 
 
 def same(a: Any, b: Any) -> bool:
@@ -160,7 +168,8 @@ def forge(at: Path, edit: Callable[[dict[str, Any], dict[str, Tensor]], None]) -
     safetensors.torch.save_file(tensors, file)
     raw = file.read_bytes()
     document["tensors"] |= {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
-    document["digests"] = folder._digests(document["origin"], document["quantization"], document["tensors"])
+    sections = {name: part for name, part in document.items() if name not in ("format", "version", "digests")}
+    document["digests"] = folder._digests(sections)
     (at / "calibration.json").write_text(json.dumps(document), encoding="utf-8")
 
 
@@ -178,7 +187,7 @@ def test_comes_back_to_the_bit(tmp_path: Path, bits: int, products: bool) -> Non
 
 
 def test_a_calibration_of_version_1_still_loads(tmp_path: Path) -> None:
-    """Its page is without the lists of gains and of biases per step."""
+    """Its page is without the lists of gains and of biases per step, and without a cache."""
     maker = Maker()
     layers = {"b": maker.layer("linear", 3, 7, bias=True), "a": maker.layer("conv2d", 5, 3, 2, bits=4)}
     made = Calibration(maker.origin(), Quantization(config={}, layers=layers))
@@ -187,11 +196,16 @@ def test_a_calibration_of_version_1_still_loads(tmp_path: Path) -> None:
     def older(document: dict[str, Any], _: Any) -> None:
         document["version"] = 1
         assert [document["quantization"].pop(key) for key in ("gains", "biases_per_step")] == [[], []]
+        assert document.pop("cache") is None
 
     forge(tmp_path, older)
     assert same(Calibration.load(tmp_path), made)
     assert describe(tmp_path)["version"] == 1
+    assert describe(tmp_path)["cache"] == "none"
     forge(tmp_path, lambda document, _: document.update(version=2))
+    with pytest.raises(ValueError, match=r"cache: missing, expected an object or null"):
+        Calibration.load(tmp_path)
+    forge(tmp_path, lambda document, _: document.update(cache=None))
     with pytest.raises(ValueError, match=r"quantization\.gains: missing, expected a list"):
         Calibration.load(tmp_path)
 
@@ -217,12 +231,36 @@ def test_one_step_has_a_bias_for_it(tmp_path: Path) -> None:
     assert same(Calibration.load(tmp_path), made)
 
 
-def test_without_quantization_and_without_layers(tmp_path: Path) -> None:
-    for quant in (None, Quantization(config={}, layers={})):
-        made = Calibration(Maker().origin(), quant)
-        made.save(tmp_path)
-        assert same(Calibration.load(tmp_path), made)
-        assert made.weight_bytes == made.float_bytes == 0
+@pytest.mark.parametrize("quant", [None, Quantization(config={}, layers={})])
+@pytest.mark.parametrize("cached", [False, True])
+def test_without_quantization_and_without_layers(tmp_path: Path, quant: Quantization | None, cached: bool) -> None:
+    made = Calibration(Maker().origin(), quant, Maker().cache() if cached else None)
+    made.save(tmp_path)
+    assert same(Calibration.load(tmp_path), made)
+    assert made.weight_bytes == made.float_bytes == 0
+    assert (page(tmp_path)["cache"] is not None) == cached
+
+
+def test_quantization_without_a_cache(tmp_path: Path) -> None:
+    made = dataclasses.replace(Maker().calibration(), cache=None)
+    made.save(tmp_path)
+    assert same(Calibration.load(tmp_path), made)
+    assert page(tmp_path)["cache"] is None and page(tmp_path)["digests"]["cache"] == fingerprint.plain(None)
+
+
+def test_tables_of_a_cache_come_back_to_the_bit(tmp_path: Path) -> None:
+    """Numbers that other ways to write floats lose; tables that are parts of one tensor, and learned."""
+    cache = Maker().cache(4, refresh=(0,), window=[0.1, 4])
+    strange = torch.tensor([-0.0, 1e-45, 3.4e38, 1 + 2**-23])
+    gain, offset = cache.gain.clone(), cache.offset.t().contiguous().t()
+    gain[1], offset[2] = strange, -strange
+    made = dataclasses.replace(cache, gain=gain, offset=offset)
+    Calibration(Maker().origin(), cache=made).save(tmp_path)
+    loaded = Calibration.load(tmp_path).cache
+    assert same(loaded, made) and loaded and loaded.refresh == (0,) and loaded.config["window"] == [0.1, 4]
+    learned = dataclasses.replace(made, gain=gain.clone().requires_grad_())
+    Calibration(Maker().origin(), cache=learned).save(tmp_path)
+    assert same(Calibration.load(tmp_path).cache, made)
 
 
 def test_grouped_and_strange_numbers(tmp_path: Path) -> None:
@@ -495,7 +533,59 @@ FORGED: dict[str, tuple[Callable[[dict[str, Any], dict[str, Tensor]], Any], str]
         lambda d, t: d["quantization"]["biases_per_step"].append(CONV),
         r"bias: found .* \(20,\), expected .* \(40,\)",
     ),
-    "gains in version 1": (lambda d, t: put(d, "version", 1), r"quantization: found the unknown field\(s\) biases_per"),
+    "gains in version 1": (
+        lambda d, t: (put(d, "version", 1), d.pop("cache")),
+        r"quantization: found the unknown field\(s\) biases_per",
+    ),
+    "a cache in version 1": (lambda d, t: put(d, "version", 1), r"the document: found the unknown field\(s\) cache"),
+    "a cache without its tensors": (lambda d, t: t.pop("cache_offset"), "tensors: found .*, expected .*'cache_offset'"),
+    "tensors without a cache": (lambda d, t: put(d, "cache", None), "tensors: found .*'cache_gain'"),
+    "a cache with another number of channels": (
+        lambda d, t: put(d["cache"], "channels", 4),
+        r"cache_gain: found .* \(5, 3\), expected .* \(5, 4\)",
+    ),
+    "a cache without channels": (
+        lambda d, t: put(d["cache"], "channels", 0),
+        r"cache\.channels: found 0, expected a pos",
+    ),
+    "a cache of another precision": (
+        lambda d, t: put(t, "cache_offset", t["cache_offset"].double()),
+        "cache_offset: found torch.float64",
+    ),
+    "a NaN in a cache": (
+        lambda d, t: t["cache_gain"].__setitem__((1, 2), float("nan")),
+        r"cache\.gain: found values that are not finite",
+    ),
+    "an infinity in a cache": (
+        lambda d, t: t["cache_offset"].__setitem__((4, 0), -float("inf")),
+        r"cache\.offset: found values that are not finite",
+    ),
+    "a cache of another model": (
+        lambda d, t: put(d["cache"], "component", "prior"),
+        r"cache\.component: found 'prior', expected one of the denoisers, unet",
+    ),
+    "a branch that none has": (lambda d, t: put(d["cache"], "branch", -2), r"cache\.branch: found -2, expected"),
+    "a branch that is no number": (
+        lambda d, t: put(d["cache"], "branch", None),
+        r"cache\.branch: found None, expected",
+    ),
+    "no whole pass": (lambda d, t: put(d["cache"], "refresh", []), r"cache\.refresh: refresh is \(\); it must begin"),
+    "a late whole pass": (
+        lambda d, t: put(d["cache"], "refresh", [1, 3]),
+        r"cache\.refresh: .* must begin with step 0",
+    ),
+    "whole passes out of order": (
+        lambda d, t: put(d["cache"], "refresh", [0, 3, 2]),
+        r"cache\.refresh: .* expected ascending",
+    ),
+    "a whole pass after the end": (
+        lambda d, t: put(d["cache"], "refresh", [0, STEPS]),
+        r"cache\.refresh: refresh step 5 not in 0\.\.4",
+    ),
+    "half a whole pass": (
+        lambda d, t: put(d["cache"], "refresh", [0, 2.5]),
+        r"cache\.refresh\[1\]: found 2\.5, expected a whole",
+    ),
     "a zero point that overflows": (lambda d, t: t["zero_wide"].__setitem__(0, -32768), "zero: found 32768, expected"),
     "tables of another length": (
         lambda d, t: put(d["origin"], "num_steps", STEPS + 1),
@@ -607,6 +697,16 @@ ACT = "quant.layers.unet/time.parts.0.act"
         ("origin", {"versions": {"torch": 2}}, ValueError, r"origin\.versions\.torch: found 2, expected text"),
         ("origin", {"num_steps": 0}, ValueError, r"origin\.num_steps: found 0"),
         ("quant", {"config": {"filter": len}}, TypeError, r"quantization\.config\.filter: found .*builtin"),
+        ("cache", {"gain": torch.ones(3)}, ValueError, r"cache\.gain: found shape \(3,\), expected \(5, channels\)"),
+        ("cache", {"gain": torch.ones(5, 0)}, ValueError, r"cache\.gain: found shape \(5, 0\)"),
+        ("cache", {"gain": torch.ones(4, 3)}, ValueError, r"cache\.gain: found .* \(4, 3\), expected .* \(5, 3\)"),
+        ("cache", {"offset": torch.ones(5, 2)}, ValueError, r"cache\.offset: found .* \(5, 2\), expected .* \(5, 3\)"),
+        ("cache", {"offset": torch.ones(5, 3).half()}, ValueError, r"cache\.offset: found torch\.float16"),
+        ("cache", {"branch": True}, ValueError, r"cache\.branch: found True, expected a whole number of at least -1"),
+        ("cache", {"component": "vae"}, ValueError, r"cache\.component: found 'vae', expected one of .* unet"),
+        ("cache", {"refresh": (0, 2.0)}, ValueError, r"cache\.refresh: a cache plan is made of integers, found 2\.0"),
+        ("cache", {"config": {"window": {1, 2}}}, TypeError, r"cache\.config\.window: found \{1, 2\}"),
+        ("origin", {"num_steps": 3}, ValueError, r"found .* \(5,\), expected .* \(3,\)"),
     ],
 )
 def test_what_could_not_be_loaded_is_not_saved(
@@ -867,8 +967,33 @@ def test_describe(saved: Path) -> None:
     assert (about["weight_bytes"], about["float_bytes"]) == (made.weight_bytes, made.float_bytes)
     assert about["skipped"] == {"unet.norm": "no layer of a kind that is quantized"}
     assert set(about["activation_scales"]) == {"smallest", "largest", "most changing"}
+    assert about["cache"] == {
+        "component": "unet",
+        "interval": 2,
+        "branch": -1,
+        "schedule": "dps",
+        "window": "none",
+        "compensate": "all",
+        "plan": "5 steps, 3 whole: 0, 2, 3",
+        "whole_passes": "|.||.",
+        "channels": 3,
+        "largest_gain_deviation": about["cache"]["largest_gain_deviation"],
+    }
     assert about["versions"]["torch"] == "2.9" and about["reconstruction"]["iterations"] == 20
     json.dumps(about)
+
+
+def test_describe_the_largest_gain_deviation(tmp_path: Path) -> None:
+    gain = torch.ones(STEPS, 3)
+    gain[1, 2], gain[4, 0], gain[2, 1] = 1.5, -0.75, 9.0  # the last one at a whole pass, which uses none
+    cache = dataclasses.replace(Maker().cache(), gain=gain)
+    Calibration(Maker().origin(), cache=cache).save(tmp_path)
+    about = describe(tmp_path)
+    assert about["cache"]["largest_gain_deviation"] == "1.75 (a gain of -0.75 at step 4, channel 0)"
+    assert about["quantization"] == "none"
+    whole = dataclasses.replace(cache, refresh=tuple(range(STEPS)))
+    Calibration(Maker().origin(), cache=whole).save(tmp_path)
+    assert describe(tmp_path)["cache"]["largest_gain_deviation"] == "none, as nothing is reused"
 
 
 def test_info_on_the_command_line(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -876,6 +1001,14 @@ def test_info_on_the_command_line(saved: Path, tmp_path: Path, monkeypatch: pyte
     result = CliRunner().invoke(app, ["info", str(saved)])
     assert result.exit_code == 0, result.output
     for told in ("DDIMScheduler", "split_layers", "unet.norm: no layer", "weight_bytes", "fold over the steps"):
+        assert told in result.stdout
+    for told in (
+        "schedule: dps",
+        "branch: -1",
+        "plan: 5 steps, 3 whole: 0, 2, 3",
+        "whole_passes: |.||.",
+        "channels: 3",
+    ):
         assert told in result.stdout
     for quant in (None, Quantization(config={}, layers={})):
         Calibration(Maker().origin(timesteps=()), quant).save(tmp_path / "empty")

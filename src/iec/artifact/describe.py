@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from iec.artifact.calibration import Calibration, Quantization
+    from iec.artifact.calibration import CacheTables, Calibration, Quantization
+    from iec.plan import CachePlan
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -113,7 +114,37 @@ def _calibration(folder: Path) -> dict[str, Any]:
         "settings": origin.settings,
         "versions": origin.versions,
     }
-    return about | (_quantization(quant, calibration) if quant else {"quantization": "none"})
+    about |= _quantization(quant, calibration) if quant else {"quantization": "none"}
+    return about | {"cache": "none" if calibration.cache is None else _cache(calibration.cache)}
+
+
+def _cache(cache: CacheTables) -> dict[str, Any]:
+    """Its configuration with the branch that was taken, its plan in words and as a bar, and how far its gains go from 1."""
+    from iec.plan import CachePlan
+
+    steps, channels = cache.gain.shape
+    plan = CachePlan(cache.refresh, steps)
+    config = {key: "none" if value is None else value for key, value in cache.config.items()}
+    return {
+        "component": cache.component,
+        **config,
+        "branch": cache.branch,
+        "plan": str(plan),
+        "whole_passes": plan.bar(),
+        "channels": channels,
+        "largest_gain_deviation": _deviation(cache.gain, plan),
+    }
+
+
+def _deviation(gain: Tensor, plan: CachePlan) -> str:
+    """The gain of a reuse step that is farthest from 1, and where."""
+    reused = [step for step in range(plan.num_steps) if step not in plan]
+    if not reused:
+        return "none, as nothing is reused"
+    away = (gain[reused] - 1).abs()
+    row, channel = divmod(int(away.argmax()), away.shape[1])
+    found = float(gain[reused[row], channel])
+    return f"{float(away.max()):.3g} (a gain of {found:.4g} at step {reused[row]}, channel {channel})"
 
 
 def _quantization(quant: Quantization, calibration: Calibration) -> dict[str, Any]:

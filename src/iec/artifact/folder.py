@@ -20,15 +20,16 @@ import safetensors
 import safetensors.torch
 import torch
 
-from iec.artifact import fingerprint
+from iec.artifact import cachelayout, fingerprint, layout
+from iec.artifact.cachelayout import CachePage
 from iec.artifact.calibration import Calibration, Origin
 from iec.artifact.files import replacing, write_text
-from iec.artifact.layout import Page, flatten
+from iec.artifact.layout import Page
 from iec.artifact.plain import Fields, dumps, loads, plain, short
 from iec.artifact.validity import check
 
 FORMAT = "iec-calibration"
-VERSION = 2  # 1: no gains, no bias per step
+VERSION = 2  # 1: no gains, no bias per step, no cache
 READABLE = (1, VERSION)
 PAGE = "calibration.json"
 
@@ -56,21 +57,17 @@ def save(calibration: Calibration, folder: str | os.PathLike[str]) -> None:
     _refuse_foreign(folder)
     check(calibration)
     origin = {name: plain(getattr(calibration.origin, name), f"origin.{name}") for name in _ORIGIN}
-    page, tensors = (None, {}) if calibration.quant is None else flatten(calibration.quant)
-    _read(origin, page, VERSION)  # what is written can be read: a bad type shows here, not when it is needed
+    page, tensors = (None, {}) if calibration.quant is None else layout.flatten(calibration.quant)
+    cache, tables = (None, {}) if calibration.cache is None else cachelayout.flatten(calibration.cache)
+    tensors |= tables
+    _read(origin, page, cache, VERSION)  # what is written can be read: a bad type shows here, not when it is needed
 
     file = folder / f"calibration-{fingerprint.tensors(tensors)[:16]}.safetensors"
     with replacing(file) as temporary:
         safetensors.torch.save_file(tensors, str(temporary))
         about = {"file": file.name, "bytes": temporary.stat().st_size, "sha256": _sha256(temporary)}
-    document = {
-        "format": FORMAT,
-        "version": VERSION,
-        "origin": origin,
-        "quantization": page,
-        "tensors": about,
-        "digests": _digests(origin, page, about),
-    }
+    sections = {"origin": origin, "quantization": page, "cache": cache, "tensors": about}
+    document = {"format": FORMAT, "version": VERSION, **sections, "digests": _digests(sections)}
     write_text(folder / PAGE, dumps(document) + "\n")
     for other in folder.iterdir():
         if other != file and (_TENSORS.fullmatch(other.name) or _KILLED.fullmatch(other.name)):
@@ -98,8 +95,9 @@ def _load(folder: Path, text: str) -> Calibration:
     except ValueError as error:
         raise ValueError(f"{file}: cannot be read as JSON: {error}; calibrate anew") from error
     try:
-        origin, page, about = _parse(document)
+        origin, page, cache, about = _parse(document)
         expected = {} if page is None else page.shapes()
+        expected |= {} if cache is None else cache.shapes()
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
     file = folder / about["file"]
@@ -107,7 +105,8 @@ def _load(folder: Path, text: str) -> Calibration:
         tensors = _tensors(file, about, expected)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
-    calibration = Calibration(origin, None if page is None else page.build(tensors))
+    quant = None if page is None else page.build(tensors)
+    calibration = Calibration(origin, quant, None if cache is None else cache.build(tensors))
     try:
         check(calibration)
     except ValueError as error:  # a page and tensors that fit each other, by somebody else's hand
@@ -115,8 +114,8 @@ def _load(folder: Path, text: str) -> Calibration:
     return calibration
 
 
-def _parse(document: Any) -> tuple[Origin, Page | None, dict[str, Any]]:
-    """Origin, quantization and what is said of the tensors' file, after all checks that need the page alone."""
+def _parse(document: Any) -> tuple[Origin, Page | None, CachePage | None, dict[str, Any]]:
+    """Origin, quantization, cache and what is said of the tensors' file, after all checks that need the page alone."""
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         found = short(document.get("format") if isinstance(document, dict) else document)
         raise ValueError(f"format: found {found}, expected {FORMAT!r}: this is no calibration")
@@ -127,10 +126,15 @@ def _parse(document: Any) -> tuple[Origin, Page | None, dict[str, Any]]:
         raise ValueError(
             f"version: found {version}, expected {' or '.join(map(str, READABLE))}; calibrate anew, or use the iec that wrote it"
         )
-    origin, page = fields.take("origin", "an object"), fields.take("quantization", "an object or null")
-    about, digests = fields.take("tensors", "an object"), fields.take("digests", "an object of texts")
+    sections = {
+        "origin": fields.take("origin", "an object"),
+        "quantization": fields.take("quantization", "an object or null"),
+        **({"cache": fields.take("cache", "an object or null")} if version > 1 else {}),
+        "tensors": fields.take("tensors", "an object"),
+    }
+    about, digests = sections["tensors"], fields.take("digests", "an object of texts")
     fields.done()
-    read = _read(origin, page, version)
+    read = _read(sections["origin"], sections["quantization"], sections.get("cache"), version)
     stored = Fields(about, "tensors")
     if not _TENSORS.fullmatch(stored.take("file", "text")):
         raise ValueError(f"tensors.file: found {short(about['file'])}, expected calibration-….safetensors")
@@ -138,7 +142,7 @@ def _parse(document: Any) -> tuple[Origin, Page | None, dict[str, Any]]:
     stored.take("sha256", "text")
     stored.done()
     listed = Fields(digests, "digests")
-    for section, digest in _digests(origin, page, about).items():
+    for section, digest in _digests(sections).items():
         found = listed.take(section, "text")
         if found != digest:
             raise ValueError(
@@ -149,20 +153,24 @@ def _parse(document: Any) -> tuple[Origin, Page | None, dict[str, Any]]:
     return *read, about
 
 
-def _read(origin: Any, page: Any, version: int) -> tuple[Origin, Page | None]:
+def _read(origin: Any, page: Any, cache: Any, version: int) -> tuple[Origin, Page | None, CachePage | None]:
     fields = Fields(origin, "origin")
     values = {name: fields.take(name, kind) for name, kind in _ORIGIN.items()}
     fields.done()
     values["timesteps"] = tuple(map(float, values["timesteps"]))
-    return Origin(**values), None if page is None else Page(page, values["num_steps"], version)
+    steps = values["num_steps"]
+    quantization = None if page is None else Page(page, steps, version)
+    return Origin(**values), quantization, None if cache is None else CachePage(cache, steps)
 
 
-def _digests(origin: dict[str, Any], page: dict[str, Any] | None, about: dict[str, Any]) -> dict[str, str]:
-    quantization = (
-        {"quantization": page} if page is None else {f"quantization.{key}": page[key] for key in sorted(page)}
-    )
-    sections = {"origin": origin, **quantization, "tensors": about}
-    return {name: fingerprint.plain(value) for name, value in sections.items()}
+def _digests(sections: dict[str, Any]) -> dict[str, str]:
+    """The sha256 of every section of a page; of quantization, which is long, that of every field."""
+    digests: dict[str, str] = {}
+    for name, section in sections.items():
+        split = name == "quantization" and section is not None
+        parts = {f"{name}.{key}": section[key] for key in sorted(section)} if split else {name: section}
+        digests |= {part: fingerprint.plain(value) for part, value in parts.items()}
+    return digests
 
 
 def _tensors(
@@ -190,7 +198,7 @@ def _tensors(
         if found.dtype != dtype or found.shape != shape:
             raise ValueError(
                 f"{name}: found {found.dtype} of shape {tuple(found.shape)}, expected {dtype} of shape {shape}, as the "
-                f"layers, products and steps in {PAGE} need it"
+                f"layers, products, cache and steps in {PAGE} need it"
             )
     return tensors
 

@@ -40,18 +40,21 @@ def short(value: Any) -> str:
     return textwrap.shorten(repr(value), 60, placeholder=" …")
 
 
-def dumps(value: Any, indent: int = 0) -> str:
-    """JSON for people: two spaces of indentation, and on one line what fits there. Refuses NaN and infinities."""
+def dumps(value: Any, indent: int = 0, key: str = "") -> str:
+    """JSON for people: two spaces of indentation, and on one line what fits there. Refuses NaN and infinities.
+
+    indent: of the line that it begins on. key: what stands before it on this line, and before the text that comes back.
+    """
     flat = json.dumps(value, ensure_ascii=False, allow_nan=False)
-    if not isinstance(value, (dict, list)) or len(flat) + indent < _WIDTH:
-        return flat
+    if not isinstance(value, (dict, list)) or indent + len(key) + len(flat) < _WIDTH:
+        return key + flat
     inner, outer = "\n" + " " * (indent + 2), "\n" + " " * indent
     if isinstance(value, dict):
-        lines = [f"{json.dumps(key, ensure_ascii=False)}: {dumps(part, indent + 2)}" for key, part in value.items()]
-        return "{" + inner + f",{inner}".join(lines) + outer + "}"
+        lines = [dumps(part, indent + 2, f"{json.dumps(name, ensure_ascii=False)}: ") for name, part in value.items()]
+        return key + "{" + inner + f",{inner}".join(lines) + outer + "}"
     if all(isinstance(part, (int, float)) for part in value):
-        return "[" + inner + inner.join(textwrap.wrap(flat[1:-1], _WIDTH - indent - 2)) + outer + "]"
-    return "[" + inner + f",{inner}".join(dumps(part, indent + 2) for part in value) + outer + "]"
+        return key + "[" + inner + inner.join(textwrap.wrap(flat[1:-1], _WIDTH - indent - 2)) + outer + "]"
+    return key + "[" + inner + f",{inner}".join(dumps(part, indent + 2) for part in value) + outer + "]"
 
 
 def loads(text: str) -> Any:
@@ -93,6 +96,7 @@ _COLLECTIONS = {  # of what, each of which kind
     "an object of texts": ("an object", "text"),
     "a list of texts": ("a list", "text"),
     "a list of numbers": ("a list", "a number"),
+    "a list of whole numbers": ("a list", "a whole number"),
     "a list of positive whole numbers": ("a list", "a positive whole number"),
 }
 

@@ -6,27 +6,63 @@ from typing import get_args
 
 import torch
 
-from iec.artifact.calibration import Calibration, Kind, LayerPart, Product, QuantizedLayer, StepTable, WeightCodes
+from iec.artifact.calibration import (
+    CacheTables,
+    Calibration,
+    Kind,
+    LayerPart,
+    Origin,
+    Product,
+    Quantization,
+    QuantizedLayer,
+    StepTable,
+    WeightCodes,
+)
 from iec.core.affine import BITS, ZERO_LIMIT
+from iec.plan import CachePlan
 
 _DIMS = {"linear": 2, "conv1d": 3, "conv2d": 4}
 
 
 def check(calibration: Calibration) -> None:
-    """Raise ValueError, naming the field, unless every number of `calibration` is one that a kernel can work with."""
-    origin, quant = calibration.origin, calibration.quant
+    """Raise ValueError, naming the field, unless every number of `calibration` is one that kernels and caches can work with."""
+    origin = calibration.origin
     if origin.num_steps < 1:
         raise ValueError(f"origin.num_steps: found {origin.num_steps}, expected at least 1")
-    if quant is None:
-        return
+    if calibration.quant is not None:
+        _quantization(calibration.quant, origin.num_steps)
+    if calibration.cache is not None:
+        _cache(calibration.cache, origin)
+
+
+def _quantization(quant: Quantization, steps: int) -> None:
     for name, layer in quant.layers.items():
-        _layer(layer, f"quantization.layers[{name!r}]", origin.num_steps)
+        _layer(layer, f"quantization.layers[{name!r}]", steps)
     for name, tables in quant.products.items():
         for key, table in tables.items():
             path = f"quantization.products[{name!r}].{key}"
             if key not in get_args(Product):
                 raise ValueError(f"{path}: no such operand; expected one of {', '.join(get_args(Product))}")
-            _table(table, path, origin.num_steps)
+            _table(table, path, steps)
+
+
+def _cache(cache: CacheTables, origin: Origin) -> None:
+    if cache.component not in origin.denoisers:
+        raise ValueError(
+            f"cache.component: found {cache.component!r}, expected one of the denoisers, {', '.join(origin.denoisers)}"
+        )
+    if isinstance(cache.branch, bool) or not isinstance(cache.branch, int) or cache.branch < -1:
+        raise ValueError(f"cache.branch: found {cache.branch!r}, expected a whole number of at least -1")
+    try:
+        CachePlan(cache.refresh, origin.num_steps)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"cache.refresh: {error}") from error
+    if cache.gain.dim() != 2 or cache.gain.shape[1] < 1:
+        raise ValueError(
+            f"cache.gain: found shape {tuple(cache.gain.shape)}, expected ({origin.num_steps}, channels) with at least 1"
+        )
+    for name, table in (("gain", cache.gain), ("offset", cache.offset)):
+        _finite(table, f"cache.{name}", (origin.num_steps, cache.gain.shape[1]))
 
 
 def _layer(layer: QuantizedLayer, path: str, steps: int) -> None:

@@ -1,20 +1,24 @@
 """The gate on a denoiser: counts its evaluations, and spares those that would change nothing.
 
 When all samples of a step have converged, the loop of the pipeline still asks for the step's remaining visits. The gate
-then answers with the output of the visit before, at no cost.
+then answers with the output of the visit before, at no cost. Caches of other libraries on the denoiser are kept out of the
+corrections from here, too.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import threading
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from iec.pipeline.foreign import ForeignCache, Visit
 from iec.plan import Tick
 from iec.schedule.run import Run
 from iec.schedule.state import IECState
@@ -26,6 +30,7 @@ class Gate:
     def __init__(self, module: Any, state: IECState) -> None:
         self.module, self.state = module, state
         self.evaluations = self.spared = 0
+        self.caches: Sequence[ForeignCache] = ()  # of other libraries, as the run began
         self._run: Run | None = None
         self._tick: Tick | None = None
         self._outputs: list[Any] = []
@@ -73,6 +78,11 @@ class Gate:
         else:
             self.module.forward = self._instance_forward
 
+    @property
+    def outermost(self) -> bool:
+        """Whether nothing but gates of other pipelines was put over this one."""
+        return vars(self.module).get("forward") is self._placed or self._over() is not None
+
     def _over(self) -> Gate | None:
         """The gate that was put over this one, if every gate above is still in place."""
         gate = _gate(vars(self.module).get("forward"))
@@ -94,7 +104,10 @@ class Gate:
             self._replayed += 1
             self.spared += 1
             return self._outputs[self._replayed - 1]
-        output = self._forward(*args, **kwargs)
+        with contextlib.ExitStack() as stack:
+            for cache in self.caches:
+                stack.enter_context(cache.around(Visit(tick.step, run.begin, run.timesteps, tick.correction)))
+            output = self._forward(*args, **kwargs)
         self.evaluations += 1
         if not tick.last:
             self._outputs.append(output)

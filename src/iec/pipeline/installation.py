@@ -10,7 +10,9 @@ import threading
 from typing import Any, Protocol
 
 from iec.pipeline.adapters import denoisers, follow_timesteps
+from iec.pipeline.foreign import check_refresh, find, refresh_steps
 from iec.pipeline.gate import Gate
+from iec.plan import CorrectionPlan
 from iec.schedule.scheduler import IECScheduler
 from iec.schedule.state import IECState
 
@@ -33,6 +35,8 @@ class Installation:
         self.scheduler = IECScheduler(pipe.scheduler, steps="none")
         self.gates = {name: Gate(model, self.state) for name, model in models.items()}
         self.parts: list[Part] = []
+        self.weights: dict[str, str] | None = None  # fingerprints of the denoisers' weights, where these were given away
+        self.state.survey = self._survey
 
     @property
     def state(self) -> IECState:
@@ -56,6 +60,30 @@ class Installation:
         self.parts.remove(part)
         if not self.parts:
             self._uninstall()
+
+    def check_caches(self, steps: str | CorrectionPlan | None) -> None:
+        """Look for caches of other libraries on the denoisers.
+
+        Raises TypeError or RuntimeError for one that a correction cannot go past, ValueError where `steps` are the refresh
+        steps of one that has none, or a cache of ours is there as well.
+        """
+        for name, gate in self.gates.items():
+            gate.caches = find(gate.module)
+            for cache in gate.caches:
+                if self.state.refresh is not None:
+                    raise ValueError(
+                        f"the {name} of this pipeline carries two caches, IEC's own and {cache.name}; take one off"
+                    )
+                if self.parts and cache.outermost and not gate.outermost:
+                    raise RuntimeError(
+                        f"{cache.name} was put on the {name} after IEC, so that IEC cannot keep it out of its corrections; "
+                        "call iec.undo(pipe), and put IEC on again, after the cache"
+                    )
+            check_refresh(steps, gate.caches)
+
+    def _survey(self, num_steps: int, begin: int) -> tuple[int, ...] | None:
+        self.check_caches(self.state.steps)
+        return refresh_steps([cache for gate in self.gates.values() for cache in gate.caches], num_steps, begin)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Installation:
         raise RuntimeError(

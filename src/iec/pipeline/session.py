@@ -6,7 +6,9 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from iec.pipeline.adapters import DENOISERS
 from iec.pipeline.caching import cached
+from iec.pipeline.foreign import find
 from iec.pipeline.installation import Installation, installation, installed, switching
 from iec.pipeline.quantizing import quantized
 from iec.pipeline.summary import Summary
@@ -66,7 +68,7 @@ class Session:
             "relax": state.relaxation.factors,
             "tol": state.relaxation.tol,
             "enabled": self.active,
-            **_beside(self.held),
+            **_beside(self.pipe, self.held),
         }
         run = state.last_run
         if run is None or not run.visits:
@@ -117,12 +119,15 @@ def enable(
 
     Args:
         pipe: a diffusers pipeline with a scheduler and a denoiser (`unet`, `transformer`, …), full precision or efficient.
-        steps: which steps (see `iec.plan.resolve`); None is `refresh` beside a cache of ours, else `ends:1/10`.
+        steps: which steps (see `iec.plan.resolve`); None is `refresh` beside a cache whose refresh steps are known before
+            the run, as those of `iec.cache` are, else `ends:1/10`.
         relax: relaxation factors (λ₁ … λ_K), one extra evaluation each, or a preset: paper, released-ddpm, released-ldm.
         tol: relative residual below which a sample is frozen and spends no more on its step; None: never.
 
     Enabling again with the same options returns the same session; with others it raises ValueError. Raises TypeError for a
-    pipeline or scheduler that cannot be corrected, ValueError for bad options; the pipeline is then as it was.
+    pipeline, a scheduler or a cache of another library that cannot be corrected, RuntimeError for such a cache that was put
+    over IEC, ValueError for bad options; the pipeline is then as it was. A correction goes past such a cache and evaluates
+    the whole model; the other visits are those of the cached run without IEC, bit for bit with relax=(0.0,).
     """
     wanted = resolve_relaxation(relax, tol)
     if steps is not None and not isinstance(steps, CorrectionPlan):
@@ -131,6 +136,7 @@ def enable(
         held = installation(pipe)
         session = _session(held)
         if session is None:
+            held.check_caches(steps)
             session = Session(held, steps, wanted)
             held.add(session)
         elif (session.steps, session.relaxation) != (steps, wanted):
@@ -161,18 +167,22 @@ def summary(pipe: Any) -> Summary:
             (),
             None,
             enabled=False,
-            **_beside(installed(pipe)),
+            **_beside(pipe, installed(pipe)),
         )
     return session.summary()
 
 
-def _beside(held: Installation | None) -> dict[str, Any]:
-    """What a summary says of the quantization and the cache of an installation."""
+def _beside(pipe: Any, held: Installation | None) -> dict[str, Any]:
+    """What a summary says of the quantization and the cache of a pipeline, be the cache ours or another library's."""
     quantizing, caching = quantized(held), cached(held)
     told: dict[str, Any] = {} if quantizing is None else {"quant": quantizing.describe()}
     if caching is not None:
         refreshed, reused = caching.counts() or (None, None)
         told |= {"cache": repr(caching.config), "refreshed": refreshed, "reused": reused}
+    else:
+        others = {cache.name for name in DENOISERS for cache in find(getattr(pipe, name, None))}
+        if others:
+            told["cache"] = ", ".join(sorted(others))
     return told
 
 

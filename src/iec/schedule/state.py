@@ -28,6 +28,8 @@ class IECState:
         self.relaxation = relaxation
         self.clock = StepClock()
         self.refresh: Callable[[int], Iterable[int]] | None = None  # the refresh steps of an active cache
+        # Looks, as a run of so many steps begins at one, for a cache of another library; gives its refresh steps, if known.
+        self.survey: Callable[[int, int], Iterable[int] | None] | None = None
         self.plan: CorrectionPlan | None = None
         self.repeats: Tensor | None = None
         self.run: Run | None = None
@@ -79,8 +81,11 @@ class IECState:
         self.clock.move(begin, 0, begin not in self.plan)
 
     def _resolved(self, begin: int, count: int) -> CorrectionPlan:
+        listed = None if self.survey is None else self.survey(count, begin)
+        if self.refresh is not None:
+            listed = self.refresh(count)
         # The first step of a run refreshes, wherever it begins.
-        refresh = None if self.refresh is None else {0, *(s - begin for s in self.refresh(count) if s >= begin)}
+        refresh = None if listed is None else {0, *(s - begin for s in listed if s >= begin)}
         steps = self.steps if self.steps is not None else DEFAULT_STEPS if refresh is None else DEFAULT_STEPS_CACHED
         remaining = resolve(steps, count - begin, refresh)
         return CorrectionPlan(tuple(step + begin for step in remaining.steps), count, remaining.spec)

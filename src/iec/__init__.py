@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from iec import plan
     from iec.artifact.calibration import Calibration
+    from iec.caches.cachequant import CacheQuant
     from iec.caches.deepcache import DeepCache
     from iec.calibration.calibrate import calibrate
     from iec.core.correction import Trace, correct
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "CacheQuant": "iec.caches.cachequant",
     "Calibration": "iec.artifact.calibration",
     "CorrectionPlan": "iec.plan",
     "DeepCache": "iec.caches.deepcache",
@@ -50,6 +52,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "CacheQuant",
     "Calibration",
     "CorrectionPlan",
     "DeepCache",

@@ -181,16 +181,40 @@ class Quantization:
 
 
 @dataclass(frozen=True, eq=False)
+class CacheTables:
+    """The cache of one denoiser: at which steps the whole model runs, and how the feature is corrected where it is reused.
+
+    Attributes:
+        component: which denoiser ("unet").
+        config: plain data of the CacheQuant.
+        branch: where it is cut.
+        refresh: the steps of whole passes, ascending from 0.
+        gain: float32 (T, C), of the C channels of the feature: gain · feature + offset is put back at a reuse step. 1 at whole
+            passes.
+        offset: float32 (T, C). 0 at whole passes.
+    """
+
+    component: str
+    config: dict[str, Any]
+    branch: int
+    refresh: tuple[int, ...]
+    gain: torch.Tensor
+    offset: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class Calibration:
     """An `Origin` and what was calibrated on it; in memory, and as a folder.
 
     Attributes:
         origin: the model and the schedule, and how they were sampled.
         quant: the quantized layers; None where nothing was quantized.
+        cache: the feature cache; None without one.
     """
 
     origin: Origin
     quant: Quantization | None = None
+    cache: CacheTables | None = None
 
     @property
     def weight_bytes(self) -> int:

@@ -1,126 +1,38 @@
-"""iec.calibrate: sample seeds with the full-precision pipeline, observe every layer at every step, write down the quantizers."""
+"""iec.calibrate: sample seeds in full precision, look at every evaluation, write down quantizers and the plan of a cache."""
 
 from __future__ import annotations
 
 import functools
 import os
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
-from iec.artifact import checkpoint, fingerprint
-from iec.artifact.calibration import Calibration, Quantization
+from iec.artifact import fingerprint
+from iec.artifact.calibration import CacheTables, Calibration, Quantization
+from iec.caches.cachequant import CacheQuant
+from iec.calibration.activations import Activations, Reuse
+from iec.calibration.consumers import Consumers
+from iec.calibration.features import Features, cut_of
+from iec.calibration.journal import Journal
+from iec.calibration.outputs import Outputs
+from iec.calibration.passage import Passage
 from iec.calibration.reconstructed import Finished, reconstructed
-from iec.calibration.tuples import Capture
-from iec.patch import replace_forward
-from iec.pipeline.batches import batches
+from iec.pipeline.batches import Batch, batches
 from iec.pipeline.installation import Installation, installation, installed, switching
 from iec.pipeline.origin import origin
 from iec.quant.config import QuantConfig
-from iec.quant.observe import Observers
 from iec.quant.reconstruct import Reconstruction
-from iec.quant.sites import find
 
+P = TypeVar("P", bound=Passage)
 Progress = Callable[[str, int, int], None]
-
-
-class Observation:
-    """The observers on a pipeline, from `install()` to `remove()`: every evaluation is observed first, then made as it is.
-
-    The observed one is thrown away, so the trajectory is that of full precision. `captures` keep some of the arguments;
-    `samples` are the first one and the number of those sampled now.
-    """
-
-    def __init__(self, held: Installation, config: QuantConfig, num_steps: int) -> None:
-        self.held = held
-        self.models = {name: gate.module for name, gate in held.gates.items()}
-        self.observers = {
-            name: Observers(find(model, config, prefix=name), config, num_steps) for name, model in self.models.items()
-        }
-        self.captures: dict[str, Capture] = {}
-        self.samples = (0, 0)
-        self.timesteps: tuple[float, ...] = ()
-        self._removers: list[Callable[[], None]] = []
-
-    def capture(self, num_samples: int, options: Reconstruction) -> None:
-        """Keep tuples for reconstruction from now on."""
-        for name, model in self.models.items():
-            steps = len(next(iter(self.observers[name].searches().values())).scale)
-            self.captures[name] = Capture(model, num_samples, steps, options.num_tuples, options.seed)
-
-    def install(self) -> None:
-        """Stand in for the forwards of the layers and of the denoisers."""
-        for name, observers in self.observers.items():
-            observers.install()
-            around = functools.partial(self._twice, name=name)
-            self._removers.append(replace_forward(self.models[name], around))
-
-    def remove(self) -> None:
-        """Step aside; `Installation.drop` calls it."""
-        for undo in reversed(self._removers):
-            undo()
-        self._removers = []
-        for observers in self.observers.values():
-            observers.remove()
-
-    def _twice(self, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
-        run, tick, observers = self.held.state.run, self.held.state.clock.now, self.observers[name]
-        if run is not None and tick is not None:
-            self.timesteps = tuple(run.values)
-            if name in self.captures:
-                self.captures[name].take(tick.step, *self.samples, args, kwargs)
-            observers.step = tick.step
-            try:
-                forward(*args, **kwargs)
-            finally:
-                observers.step = None
-        return forward(*args, **kwargs)
-
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """All that was learnt so far: tensors, and the plain rest, for a checkpoint."""
-        tensors = {f"{name}/{key}": value for name, o in self.observers.items() for key, value in o.state().items()}
-        templates = {}
-        for name, capture in self.captures.items():
-            held, templates[name] = capture.state()
-            tensors |= {f"tuples/{name}/{key}": value for key, value in held.items()}
-        return tensors | {"timesteps": torch.tensor(self.timesteps, dtype=torch.float64)}, {"templates": templates}
-
-    def load_state(self, state: dict[str, Tensor], plain: dict[str, Any]) -> None:
-        """Continue from `state()`."""
-        for name, observers in self.observers.items():
-            observers.load_state(_under(f"{name}/", state))
-        for name, capture in self.captures.items():
-            capture.load_state(_under(f"tuples/{name}/", state), plain["templates"][name])
-        self.timesteps = tuple(state["timesteps"].tolist())
-
-    def outputs(self, config: QuantConfig) -> dict[str, str]:
-        """The last layer of each denoiser, if its bias is to be corrected."""
-        if config.bias_correction == "none":
-            return {}
-        return {
-            name: site.name.removeprefix(f"{name}.")
-            for name, observers in self.observers.items()
-            for site in observers.sites.layers
-            if site.last
-        }
-
-    def result(self, config: QuantConfig) -> Quantization:
-        """The quantized layers and products of all denoisers."""
-        layers, products, skipped = {}, {}, {}
-        for observers in self.observers.values():
-            of_one = observers.result()
-            layers |= of_one[0]
-            products |= of_one[1]
-            skipped |= {**observers.sites.skipped, **of_one[2]}
-        return Quantization(config.as_dict(), layers, products, skipped)
 
 
 def calibrate(
     pipe: Any,
     quant: QuantConfig | None = None,
+    cache: CacheQuant | None = None,
     *,
     reconstruct: Reconstruction | None = None,
     num_inference_steps: int,
@@ -134,96 +46,129 @@ def calibrate(
     """Calibrate `pipe`, in full precision and without anything of IEC on it, for runs of `num_inference_steps`.
 
     Samples the seeds `seed` … `seed + num_samples − 1`; `kwargs` go to the pipeline (prompts and class labels may be lists with
-    one entry per sample). Each denoiser evaluation is made twice, once observed: with rounded activations, whose scales
-    learn from it, and float weights. Memory does not grow with samples or steps.
+    one entry per sample). The samples are gone through several times, in full precision, each denoiser evaluation being looked
+    at: for the cached features (one evaluation), the activations (two; three at reuse steps), the compensation of rounding where
+    the cached feature is taken (one and a reuse pass), the output of the quantized model (two). Memory does not grow with samples
+    or steps.
 
     Args:
-        quant: what to quantize and how; the default is W8A8.
+        quant: what to quantize and how; the default is W8A8, or nothing where `cache` is given.
+        cache: the feature cache to plan, and to compensate; the quantizers then are those of a model with this cache.
         reconstruct: learn the rounding of low-bit weights, by these options; None rounds to nearest. Keeps some inputs of the
-            denoisers while sampling, and afterwards a second copy of each denoiser, one at a time.
+            denoisers while sampling, and afterwards a second copy of each denoiser, one at a time. Where the cached feature is
+            taken it replaces the compensation of rounding (METHOD 4.4).
         checkpoint_path: where to keep what was learnt after each batch and each reconstructed unit; a call that finds such a
             file of the same calibration goes on from it, with the result of an uninterrupted one. It is left there: delete it
             when the calibration is saved.
-        progress: called as progress("samples", done, num_samples) after each batch and as
-            progress("reconstruction", done, units) after each unit.
+        progress: called as progress(what, done, num_samples) after each batch, `what` being "features", "samples",
+            "compensation" or "outputs", and as progress("reconstruction", done, units) after each unit.
 
     Returns the calibration; nothing is left on the pipeline. Raises TypeError or ValueError for a pipeline or arguments that
     cannot be used, RuntimeError when the schedule changes between batches.
     """
-    config = quant if quant is not None else QuantConfig()
-    if not isinstance(config, QuantConfig):
-        raise TypeError(f"quant is {quant!r}, expected an iec.QuantConfig")
+    config = QuantConfig() if quant is None and cache is None else quant
+    for name, value, kind in (
+        ("quant", quant, QuantConfig),
+        ("cache", cache, CacheQuant),
+        ("reconstruct", reconstruct, Reconstruction),
+    ):
+        if value is not None and not isinstance(value, kind):
+            raise TypeError(f"{name} is {value!r}, expected an iec.{kind.__name__} or None")
+    if reconstruct is not None and config is None:
+        raise ValueError("reconstruct is given, but nothing is quantized; give quant=iec.QuantConfig(...) too")
     if installed(pipe) is not None:
         raise ValueError("IEC is on this pipeline; calibrate the plain one: call iec.undo(pipe) first")
     calls = list(batches(pipe, range(seed, seed + num_samples), num_inference_steps, batch_size, "latent", **kwargs))
-    if reconstruct is not None and not isinstance(reconstruct, Reconstruction):
-        raise TypeError(f"reconstruct is {reconstruct!r}, expected an iec.Reconstruction or None")
     settings = {"batch_size": batch_size, **{key: _plain(value) for key, value in kwargs.items()}}
     about = functools.partial(origin, num_samples=num_samples, seed=seed, settings=settings)
-    options = reconstruct.as_dict() if reconstruct is not None else None
-    key = fingerprint.plain([repr(about(pipe)), num_inference_steps, config.as_dict(), options])
-    saved, plain = _resumed(checkpoint_path, key)
-    done = plain.get("done", 0)
+    options = [None if given is None else given.as_dict() for given in (config, cache, reconstruct)]
+    key = fingerprint.plain([repr(about(pipe)), num_inference_steps, *options])
+    sampling = _Sampling(pipe, calls, Journal(checkpoint_path, key), progress, seed, num_samples)
+    num_steps = _steps(pipe, num_inference_steps)
     with switching:
         held = installation(pipe)
-        observation = Observation(held, config, _steps(pipe, num_inference_steps))
-        if reconstruct is not None:
-            observation.capture(num_samples, reconstruct)
-        held.add(observation)
-        observation.install()
+    tables, quantization = None, None
+    if cache is not None:
+        tables = sampling.passed(Features(held, cache, num_steps)).result()
+    if config is not None:
+        quantization = _quantized(held, sampling, config, tables, reconstruct, num_steps)
+    return Calibration(about(pipe, sampling.timesteps), quantization, tables)
 
-    def keep(finished: Finished) -> None:
-        if checkpoint_path is not None:
-            tensors, state = observation.state()
-            of_units, units = finished.state()
-            tensors |= {f"units/{name}": value for name, value in of_units.items()}
-            meta = {"fingerprint": key, "done": done, "units": units, **state}
-            checkpoint.save(checkpoint_path, tensors, meta)
 
-    try:
-        if saved is not None:
-            observation.load_state(saved, plain)
-        timesteps = observation.timesteps
-        for call in calls[done:]:
-            observation.samples = (call.seeds[0] - seed, len(call.seeds))
-            pipe(**call.arguments)
-            if timesteps and timesteps != observation.timesteps:
-                raise RuntimeError(
-                    "the timesteps changed from one batch to the next; give the scheduler a fixed schedule"
-                )
-            timesteps = observation.timesteps
-            done += 1
-            keep(Finished())
-            if progress is not None:
-                progress("samples", min(done * batch_size, num_samples), num_samples)
-    finally:
-        with switching:
-            held.drop(observation)
-    quantization = observation.result(config)
+def _quantized(
+    held: Installation,
+    sampling: _Sampling,
+    config: QuantConfig,
+    tables: CacheTables | None,
+    reconstruct: Reconstruction | None,
+    num_steps: int,
+) -> Quantization:
+    """The quantized layers, under the cache that `tables` describe."""
+    models = {name: gate.module for name, gate in held.gates.items()}
+    reuse = None if tables is None else Reuse(cut_of(models, CacheQuant.from_dict(tables.config))[1], tables)
+    activations = Activations(held, config, num_steps, reuse)
     if reconstruct is not None:
-        finished = Finished()
-        if saved is not None:
-            finished.load_state(_under("units/", saved), plain["units"], quantization.layers)
-
-        def after(units_done: int, units: int) -> None:
-            keep(finished)
-            if progress is not None:
-                progress("reconstruction", units_done, units)
-
-        tuples = {name: capture.result() for name, capture in observation.captures.items()}
-        quantization = reconstructed(
-            observation.models, quantization, tuples, reconstruct, observation.outputs(config), finished, after
-        )
-    calibration = Calibration(about(pipe, timesteps), quantization)
-    return calibration
-
-
-def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        activations.capture(sampling.num_samples, reconstruct)
+    quant = sampling.passed(activations).result(config)
+    last = activations.outputs()
+    if reconstruct is not None:
+        tuples = {name: capture.result() for name, capture in activations.captures.items()}
+        finished = Finished(quant.layers)
+        sampling.journal.restore(finished)
+        corrected = last if config.bias_correction != "none" else {}
+        after = functools.partial(sampling.told, finished)
+        quant = reconstructed(models, quant, tuples, reconstruct, corrected, finished, after)
+    elif tables is not None and reuse is not None and CacheQuant.from_dict(tables.config).compensates_quant:
+        quant = sampling.passed(Consumers(held, quant, tables.component, reuse)).result(quant)
+    if config.output_correction != "none":
+        affine = config.output_correction == "affine"
+        quant = sampling.passed(Outputs(held, quant, last, num_steps, tables, affine)).result(quant)
+    return quant
 
 
-def _resumed(path: str | os.PathLike[str] | None, key: str) -> tuple[dict[str, Tensor] | None, dict[str, Any]]:
-    return (None, {}) if path is None or not Path(path).is_file() else checkpoint.load(path, fingerprint=key)
+class _Sampling:
+    """The calls of the pipeline that sample all seeds, for one passage after the other."""
+
+    def __init__(
+        self, pipe: Any, calls: list[Batch], journal: Journal, progress: Progress | None, seed: int, num_samples: int
+    ) -> None:
+        self.pipe, self.calls, self.journal, self.progress = pipe, calls, journal, progress
+        self.seed, self.num_samples = seed, num_samples
+        self.timesteps: tuple[float, ...] = ()
+
+    def passed(self, passage: P) -> P:
+        """The passage, after all samples; those that the journal has are not sampled again."""
+        held = passage.held
+        done = self.journal.restore(passage)
+        self._compare(passage)
+        with switching:
+            held.add(passage)
+            passage.install()
+        try:
+            for call in self.calls[done:]:
+                first, count = call.seeds[0] - self.seed, len(call.seeds)
+                passage.begin(first, count)
+                self.pipe(**call.arguments)
+                self._compare(passage)
+                done += 1
+                self.journal.keep(passage, done)
+                if self.progress is not None:
+                    self.progress(passage.what, first + count, self.num_samples)
+        finally:
+            with switching:
+                held.drop(passage)
+        return passage
+
+    def told(self, finished: Finished, done: int, units: int) -> None:
+        """`done` of the reconstructed units are done."""
+        self.journal.keep(finished, done)
+        if self.progress is not None:
+            self.progress(finished.what, done, units)
+
+    def _compare(self, passage: Passage) -> None:
+        if self.timesteps and passage.timesteps and self.timesteps != passage.timesteps:
+            raise RuntimeError("the timesteps changed from one batch to the next; give the scheduler a fixed schedule")
+        self.timesteps = passage.timesteps or self.timesteps
 
 
 def _steps(pipe: Any, num_inference_steps: int) -> int:

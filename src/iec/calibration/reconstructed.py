@@ -9,14 +9,21 @@ from typing import Any
 from torch import Tensor, nn
 
 from iec.artifact.calibration import LayerPart, Quantization, QuantizedLayer, StepTable, WeightCodes
+from iec.calibration.journal import within
 from iec.calibration.tuples import Tuples
 from iec.quant.reconstruct import Outcome, Reconstruction, reconstruct
 
 
 class Finished:
-    """The outcomes of finished units, by component and unit, in the order in which they came."""
+    """The outcomes of finished units, by component and unit, in the order in which they came.
 
-    def __init__(self) -> None:
+    `nearest` are the layers before reconstruction.
+    """
+
+    what = "reconstruction"
+
+    def __init__(self, nearest: dict[str, QuantizedLayer]) -> None:
+        self.nearest = nearest
         self.outcomes: list[tuple[str, Outcome]] = []
 
     def state(self) -> tuple[dict[str, Tensor], list[Any]]:
@@ -29,10 +36,10 @@ class Finished:
                 tensors |= {f"{place}/{name}/{key}": value for key, value in _tensors(layer)}
         return tensors, plain
 
-    def load_state(self, tensors: dict[str, Tensor], plain: list[Any], nearest: dict[str, QuantizedLayer]) -> None:
-        """Continue from `state()`; `nearest` are the layers before reconstruction."""
+    def load_state(self, tensors: dict[str, Tensor], plain: list[Any]) -> None:
+        """Continue from `state()`."""
         for place, (component, unit, before, learned, names) in enumerate(plain):
-            layers = {name: _layer(nearest[f"{component}.{name}"], tensors, f"{place}/{name}") for name in names}
+            layers = {name: _layer(self.nearest[f"{component}.{name}"], tensors, f"{place}/{name}") for name in names}
             self.outcomes.append((component, Outcome(unit, before, learned, layers)))
 
     def of(self, component: str) -> dict[str, dict[str, QuantizedLayer]]:
@@ -65,8 +72,8 @@ def reconstructed(
 
         outcomes = reconstruct(
             model,
-            _within(quant.layers, prefix),
-            _within(quant.products, prefix),
+            within(prefix, quant.layers),
+            within(prefix, quant.products),
             tuples[component],
             options,
             outputs.get(component),
@@ -87,10 +94,6 @@ def reconstructed(
     return dataclasses.replace(quant, layers=layers, reconstruction=report)
 
 
-def _within(named: dict[str, Any], prefix: str) -> dict[str, Any]:
-    return {name.removeprefix(prefix): value for name, value in named.items() if name.startswith(prefix)}
-
-
 def _tensors(layer: QuantizedLayer) -> Iterator[tuple[str, Tensor]]:
     """What reconstruction may have changed of a layer."""
     for index, part in enumerate(layer.parts):
@@ -106,5 +109,5 @@ def _layer(nearest: QuantizedLayer, tensors: dict[str, Tensor], path: str) -> Qu
     for index, part in enumerate(nearest.parts):
         codes, scale, zero = (tensors[f"{path}/{index}/{key}"] for key in ("codes", "scale", "zero"))
         weight: WeightCodes = dataclasses.replace(part.weight, codes=codes)
-        parts.append(LayerPart(part.begin, part.end, weight, StepTable(scale, zero, part.act.bits)))
+        parts.append(dataclasses.replace(part, weight=weight, act=StepTable(scale, zero, part.act.bits)))
     return QuantizedLayer(nearest.kind, tuple(parts), tensors.get(f"{path}/bias"))

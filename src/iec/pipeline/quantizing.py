@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 from iec.artifact.calibration import Calibration
 from iec.pipeline.caching import Caching
 from iec.pipeline.installation import Installation, installation, installed, switching
-from iec.pipeline.origin import origin
+from iec.pipeline.origin import check_origin, steps_check
 from iec.quant.config import QuantConfig
 from iec.quant.kernels import choose
 from iec.quant.layer import QuantizedModel
@@ -24,7 +23,6 @@ class Quantizing:
         assert calibration.quant is not None
         self.held, self.calibration, self.keep_float = held, calibration, keep_float
         self.models: list[QuantizedModel] = []
-        self._run: object = None
         self._hooks: list[Any] = []
         for component, gate in held.gates.items():
             prefix = f"{component}."
@@ -72,8 +70,10 @@ class Quantizing:
         with _beneath_cache(self.held):
             for model in self.models:
                 model.install()
-                self._hooks.append(model.model.register_forward_pre_hook(self._check_run))
+                check = steps_check(self.held, self.calibration.origin.timesteps, "quantized")
+                self._hooks.append(model.model.register_forward_pre_hook(check))
         if not self.keep_float:
+            self.held.weights = self.calibration.origin.weights
             for model in self.models:
                 for module in model.modules.values():
                     module.weight.data = module.weight.data.new_empty(0)
@@ -97,22 +97,6 @@ class Quantizing:
         with switching:
             if self in self.held.parts:
                 self.held.drop(self)
-
-    def _check_run(self, *_: Any) -> None:
-        """Once a run: are its steps those of the calibration?"""
-        run = self.held.state.run
-        if run is None or run is self._run:
-            return
-        expected = self.calibration.origin.timesteps
-        if tuple(run.values) != expected:
-            found = f"{len(run.values)} steps"
-            if len(run.values) == len(expected):
-                found += f" whose timesteps differ ({run.values[0]:g} … {run.values[-1]:g})"
-            raise ValueError(
-                f"this pipeline is quantized for {len(expected)} steps ({expected[0]:g} … {expected[-1]:g}), and this run has "
-                f"{found}; call it with num_inference_steps={len(expected)}, or calibrate for this schedule"
-            )
-        self._run = run
 
     def __enter__(self) -> Quantizing:
         return self
@@ -152,11 +136,7 @@ def quantize(
             raise ValueError(
                 f"this pipeline is quantized already ({there.describe()}); take that off first, by iec.undo(pipe)"
             )
-        here = origin(pipe)
-        made = calibration.origin
-        differing = made.mismatch(dataclasses.replace(here, num_steps=made.num_steps, timesteps=made.timesteps))
-        if differing:
-            raise ValueError("this calibration was made on another pipeline: " + "; ".join(differing))
+        check_origin(pipe, calibration.origin)
         held = installation(pipe)
         part = Quantizing(held, calibration, kernel, keep_float)
         held.add(part)

@@ -33,6 +33,9 @@ class QuantConfig:
         products: quantize the operands of the attention products (query, key, probabilities, value).
         bias_correction: "last", "all" or "none": the layers whose bias takes up what rounding does to their mean output (see
             `iec.quant.bias`). The paper's code has none.
+        output_correction: "affine", "bias" or "none": what the last layer is given per step and channel, so that its output is
+            that of full precision in the mean ("bias"), and by least squares ("affine"; see `iec.calibration.outputs`). The
+            paper's code has none.
         layers: which layers: glob patterns on their names ("down_blocks.*"), "!" before one excludes, the last match wins; or
             a function (name, module) → bool. By default all convolutions and linear layers.
 
@@ -51,6 +54,7 @@ class QuantConfig:
     split: bool = True
     products: bool = True
     bias_correction: Literal["last", "all", "none"] = "last"
+    output_correction: Literal["affine", "bias", "none"] = "affine"
     layers: str | Sequence[str] | Callable[[str, nn.Module], bool] = ("*",)
 
     def __post_init__(self) -> None:
@@ -64,6 +68,8 @@ class QuantConfig:
             raise ValueError(f"act_scheme is {self.act_scheme!r}, expected asymmetric or symmetric")
         if self.bias_correction not in ("last", "all", "none"):
             raise ValueError(f"bias_correction is {self.bias_correction!r}, expected last, all or none")
+        if self.output_correction not in ("affine", "bias", "none"):
+            raise ValueError(f"output_correction is {self.output_correction!r}, expected affine, bias or none")
         if not 0.0 <= self.momentum < 1.0:
             raise ValueError(f"momentum is {self.momentum!r}, expected 0 (the last batch alone) up to below 1")
         if isinstance(self.layers, str):
@@ -111,4 +117,5 @@ class QuantConfig:
         if unknown:
             raise ValueError(f"unknown quantization options {', '.join(unknown)}; known: {', '.join(sorted(known))}")
         chosen = plain.get("layers", ["*"])
+        plain = {"output_correction": "none", **plain}  # which calibrations of release 0.1 had not
         return cls(**{**plain, "layers": ("*",) if isinstance(chosen, str) else tuple(chosen)})

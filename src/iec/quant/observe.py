@@ -6,8 +6,9 @@ layer sees what the layers before it will give it (METHOD 5). Nothing but the ta
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -46,6 +47,10 @@ class StepSearch:
         for table, value in ((self.scale, found.scale), (self.zero, found.zero)):
             table[step] = keep * table[step] + (1.0 - keep) * value[0].cpu()
         self.seen[step] += 1
+        return self.rounded(x, step)
+
+    def rounded(self, x: Tensor, step: int) -> Tensor:
+        """`x` rounded by what is known of `step`."""
         return fake_quantize(x, self.scale[step].to(x.device), self.zero[step].to(x.device), self.bits)
 
     def table(self) -> StepTable:
@@ -60,11 +65,13 @@ class StepSearch:
 
 
 class Observers:
-    """The quantizers of a whole denoiser in the making. `step` is the step they learn now, None: the model runs as it is."""
+    """The quantizers of a whole denoiser in the making; between `learning` blocks the model runs as it is."""
 
     def __init__(self, sites: Sites, config: QuantConfig, num_steps: int) -> None:
         self.sites, self.config = sites, config
         self.step: int | None = None
+        self._seen: set[str] = set()
+        self._but: frozenset[str] = frozenset()
         self.layers = {
             site.name: [StepSearch(num_steps, site.act_bits, config) for _ in site.parts] for site in sites.layers
         }
@@ -85,13 +92,30 @@ class Observers:
             around = functools.partial(self._observed, site=site, searches=self.layers[site.name])
             self._removers.append(replace_forward(site.module, around))
         for name, module in self.sites.attentions.items():
-            self._removers.append(replace_processor(module, self._processor(module, self.products[name])))
+            self._removers.append(replace_processor(module, self._processor(name, module)))
 
     def remove(self) -> None:
         """Step aside."""
         for undo in reversed(self._removers):
             undo()
         self._removers = []
+
+    @contextlib.contextmanager
+    def learning(self, step: int, but: Collection[str] = ()) -> Iterator[set[str]]:
+        """Evaluations within are rounded, and their activations those of `step`; gives the names of the sites that ran.
+
+        Sites named in `but` are rounded by what they have learnt already.
+        """
+        self.step, self._but, self._seen = step, frozenset(but), set()
+        try:
+            yield self._seen
+        finally:
+            self.step, self._but = None, frozenset()
+
+    def _look(self, site: str, search_: StepSearch, x: Tensor) -> Tensor:
+        assert self.step is not None
+        self._seen.add(site)
+        return search_.rounded(x, self.step) if site in self._but else search_(x, self.step)
 
     def _observed(
         self, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any], site: Site, searches: list[StepSearch]
@@ -101,23 +125,20 @@ class Observers:
         x = args[0] if args else kwargs["input"]
         axis = -1 if site.kind == "linear" else 1
         pieces = [
-            search_(x.narrow(axis, begin, end - begin), self.step)
+            self._look(site.name, search_, x.narrow(axis, begin, end - begin))
             for search_, (begin, end) in zip(searches, site.parts, strict=True)
         ]
         rounded = pieces[0] if len(pieces) == 1 else torch.cat(pieces, axis)
-        if site.name in self.means:
+        if site.name in self.means and site.name not in self._but:
             self.means[site.name].add(x, rounded, axis)
         return forward(rounded)
 
-    def _processor(self, attn: nn.Module, searches: dict[Product, StepSearch]) -> Any:
+    def _processor(self, name: str, attn: nn.Module) -> Any:
+        searches = self.products[name]
         quantized = QuantizedProducts(
-            {product: functools.partial(self._product, searches[product]) for product in PRODUCTS}
+            {product: functools.partial(self._look, name, searches[product]) for product in PRODUCTS}
         )
         return _Switching(self, attn.processor, quantized)
-
-    def _product(self, search_: StepSearch, x: Tensor) -> Tensor:
-        assert self.step is not None
-        return search_(x, self.step)
 
     def searches(self) -> dict[str, StepSearch]:
         """Every quantizer by a name of its own."""

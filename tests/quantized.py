@@ -63,6 +63,19 @@ def stepwise(made: Calibration) -> Calibration:
     return changed(made, change)
 
 
+def compensated(made: Calibration, seed: int = 0) -> Calibration:
+    """The calibration with gains, some of them negative, in the first part of every layer, and a bias for each step."""
+    assert made.quant is not None
+    generator = torch.Generator().manual_seed(seed)
+    layers = {}
+    for name, layer in made.quant.layers.items():
+        shape = (len(layer.parts[0].act.scale), len(layer.parts[0].weight.scale))
+        gain, bias = 1 + 0.5 * torch.randn(shape, generator=generator), 0.2 * torch.randn(shape, generator=generator)
+        first = dataclasses.replace(layer.parts[0], gain=gain)
+        layers[name] = dataclasses.replace(layer, parts=(first, *layer.parts[1:]), bias=bias)
+    return dataclasses.replace(made, quant=dataclasses.replace(made.quant, layers=layers))
+
+
 def without_products(made: Calibration) -> Calibration:
     """The calibration of the layers alone."""
     assert made.quant is not None
@@ -80,8 +93,10 @@ def emulated(layer: QuantizedLayer, module: Any, x: Tensor, step: int) -> Tensor
         inputs.append((codes.double() - zero) * scale.double())
         shape = (-1, *(1,) * (part.weight.codes.dim() - 1))
         weight = part.weight.codes.double() - part.weight.zero.double().view(shape)
-        weights.append(weight * part.weight.scale.double().view(shape))
+        gain = torch.ones(1) if part.gain is None else part.gain[step]
+        weights.append(weight * part.weight.scale.double().view(shape) * gain.double().view(shape))
     bias = layer.bias if layer.bias is not None else module.bias
+    bias = bias[step] if layer.bias is not None and layer.bias.dim() == 2 else bias
     bias = None if bias is None else bias.double()
     rounded, weight = torch.cat(inputs, axis), torch.cat(weights, 1)
     if layer.kind == "linear":

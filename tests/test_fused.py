@@ -11,19 +11,21 @@ from torch import Tensor, nn
 
 import iec
 from iec.quant.fused import Concatenated
-from quantized import calibration, needs_onednn
+from quantized import by_hand, calibration, compensated, needs_onednn, without_products
 from tiny import CASES, noise
 
 pytestmark = pytest.mark.skipif(needs_onednn() is not None, reason="no oneDNN here")
 KINDS = ("ResnetBlock2D", "Upsample2D", "UpBlock2D", "AttnUpBlock2D", "Attention")
 
 
-@pytest.fixture(params=["ddim", "ldm", "sd"])
+@pytest.fixture(params=["ddim", "ldm", "sd", "ddim compensated", "sd compensated"])
 def model(request: pytest.FixtureRequest) -> Iterator[nn.Module]:
-    """A quantized denoiser whose clock stands at step 1."""
-    case = CASES[request.param]
+    """A quantized denoiser whose clock stands at step 1; compensated: with gains and a bias for each step."""
+    name, *more = request.param.split()
+    case = CASES[name]
     pipe = case.build()
-    part = iec.quantize(pipe, calibration(request.param), kernel="onednn")
+    made = compensated(calibration(name)) if more else calibration(name)
+    part = iec.quantize(pipe, made, kernel="onednn")
     clock = part.held.state.clock
     clock.start(4)
     clock.move(1, 0, True)
@@ -88,6 +90,32 @@ def test_blocks_are_the_sum_of_their_layers(model: nn.Module) -> None:
     exact = sum(deviation < 1e-5 for deviation in deviations)
     assert exact > 0.6 * len(deviations)
     assert max(deviations) < 0.05
+
+
+@pytest.mark.parametrize("name", ["ddim", "sd"])
+@torch.no_grad()
+def test_gains_and_biases_of_the_step_reach_every_fused_path(name: str) -> None:
+    """Against a model whose layers are computed in float64, one by one, from the definition; products are not quantized there."""
+    case, made = CASES[name], compensated(without_products(calibration(name)))
+    pipe = case.build()
+    model: Any = getattr(pipe, case.denoiser)
+    found, expected = [], []
+    with iec.quantize(pipe, made, kernel="onednn") as part:
+        clock = part.held.state.clock
+        clock.start(4)
+        for step in (0, 2):
+            clock.move(step, 0, True)
+            found.append(evaluate(model, 0))
+        clock.stop()
+    for step in (0, 2):
+        with by_hand(model, made, case.denoiser, lambda step=step: step):
+            expected.append(evaluate(model, 0))
+    assert max(map(relative, found, expected)) < 0.05
+    assert relative(found[0], expected[1]) > 0.3
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / b.norm())
 
 
 def test_no_concatenation_is_made(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:

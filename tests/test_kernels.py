@@ -339,6 +339,43 @@ class TestEveryKernel:
         ):
             with pytest.raises(kind, match=said):
                 KERNELS[name].build(module, layer)
+        gained = dataclasses.replace(layer.parts[0], gain=torch.ones(3, 6))  # of three steps
+        for other, said in (
+            (dataclasses.replace(layer, parts=(gained,)), r"gain of a part is \(3, 6\); expected \(2, 6\)"),
+            (
+                dataclasses.replace(layer, bias=torch.ones(3, 6)),
+                r"bias of a layer is \(3, 6\); expected \(6,\), or \(2, 6\)",
+            ),
+            (dataclasses.replace(layer, bias=torch.ones(2)), r"bias of a layer is \(2,\)"),
+        ):
+            with pytest.raises(ValueError, match=said):
+                KERNELS[name].build(nn.Conv2d(4, 6, 3), other)
+
+    @torch.no_grad()
+    def test_gains_and_biases_are_those_of_the_step(self, name: str) -> None:
+        """A gain scales what its part gives, not the bias; what is not compensated is 1 and 0, to the bit."""
+        module, rng = nn.Conv2d(4, 6, 3, padding=1), torch.Generator().manual_seed(3)
+        layer = layer_for(module, rng, cuts=(3,))
+        gain, bias = torch.randn(2, 6, generator=rng), torch.randn(2, 6, generator=rng)
+        x = torch.randn(2, 4, 5, 5, generator=rng)
+
+        def op(of: QuantizedLayer) -> Any:
+            return KERNELS[name].build(module, of)
+
+        def with_gains(*gains: Tensor | None) -> tuple[LayerPart, ...]:
+            return tuple(dataclasses.replace(part, gain=g) for part, g in zip(layer.parts, gains, strict=True))
+
+        nought, none = torch.zeros(2, 6), torch.zeros(6)
+        ones = dataclasses.replace(layer, parts=with_gains(torch.ones(2, 6), torch.ones(2, 6)))
+        first = op(QuantizedLayer("conv2d", with_gains(None, nought), none))
+        second = op(QuantizedLayer("conv2d", with_gains(nought, None), none))
+        made = op(QuantizedLayer("conv2d", with_gains(gain, None), bias))
+        for step in (1, 0):
+            assert torch.equal(op(ones)(x, step), op(layer)(x, step))
+            expected = first(x, step) * gain[step][:, None, None] + second(x, step) + bias[step][:, None, None]
+            torch.testing.assert_close(made(x, step), expected, atol=1e-4, rtol=1e-5)
+            own = op(dataclasses.replace(layer, bias=torch.stack([module.bias.detach()] * 2)))
+            assert torch.equal(own(x, step), op(layer)(x, step))
 
     def test_gradients_flow_or_are_refused(self, name: str) -> None:
         op = self.build(name, nn.Linear(4, 6))[0]
@@ -382,6 +419,31 @@ def test_no_float_weight_is_kept(style: str) -> None:
     held += [value for value in vars(op).values() if isinstance(value, Tensor)]
     assert [value.dtype for value in held if value.numel() >= 64 * 9] == [torch.int8] * (1 + (style == "asymmetric"))
     assert sum(value.numel() * value.element_size() for value in held) < 1.1 * 64 * 64 * 9
+
+
+@needs_onednn
+@torch.no_grad()
+def test_offsets_are_kept_where_they_are_small() -> None:
+    """Biases with zero points folded in: computed once a step, but not kept where they would outweigh the weight."""
+    rng = torch.Generator().manual_seed(0)
+    for module, x, kept in (
+        (nn.Conv2d(8, 6, 3), torch.randn(2, 8, 5, 5), True),  # 72 bytes an output, and 4 a step
+        (nn.Linear(8, 6), torch.randn(3, 8), False),
+    ):
+        zeros = tuple(range(12))
+        layer = layer_for(module, rng, zeros=zeros, scales=tuple(0.02 + 0.01 * z for z in zeros))
+        layer = dataclasses.replace(layer, bias=torch.randn(12, 6, generator=rng))
+        op, fresh = onednn.build(module, layer), onednn.build(module, layer)
+        first = [op(x, step) for step in zeros]
+        held = [None if of is None else of[0] for of in op.kept]
+        assert all((of is not None) == kept for of in held)
+        for step in reversed(zeros):
+            assert torch.equal(op(x, step), first[step]) and torch.equal(fresh(x, step), first[step])
+            assert held[step] is (op.kept[step][0] if kept else None)
+            codes = op.quantize(x, step)
+            bare = op.from_codes(codes, step, bias=False)
+            bias = layer.bias[step].reshape(-1, *(1,) * (module.weight.dim() - 2))
+            torch.testing.assert_close(bare + bias, first[step].reshape(bare.shape), atol=1e-4, rtol=1e-5)
 
 
 # --- choosing ---------------------------------------------------------------------------------------------------------

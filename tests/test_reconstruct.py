@@ -14,12 +14,23 @@ from torch import Tensor, nn
 
 import iec
 from iec.artifact.calibration import LayerPart, Quantization, QuantizedLayer, StepTable, WeightCodes
+from iec.calibration import reconstructed
 from iec.calibration.tuples import Capture, Tuples
 from iec.core.affine import fake_quantize, quantize, search
 from iec.quant import rows
+from iec.quant.kernels import KERNELS
 from iec.quant.observe import dequantized
 from iec.quant.reconstruct import Outcome, Reconstruction, reconstruct
-from iec.quant.rounding import Rounding, cosine, inverse, rectified, row_quantize, temperature, undecided
+from iec.quant.rounding import (
+    Rounding,
+    SimulatedLayer,
+    cosine,
+    inverse,
+    rectified,
+    row_quantize,
+    temperature,
+    undecided,
+)
 from iec.quant.simulate import Simulation
 from quantized import QUICK, arguments, same
 from tiny import CASES, noise
@@ -335,6 +346,88 @@ def test_units_are_blocks_in_the_order_of_the_forward_pass(name: str) -> None:
             assert list(units)[-1] == "conv_out" and sorted(found) == sorted(layers)
             assert "conv1" in str(units["mid_block.resnets.0"]) and "to_q" in str(units)
             assert list(units).index("mid_block.resnets.0") < list(units).index("up_blocks.0.resnets.0")
+
+
+def gained(layer: QuantizedLayer, seed: int, bias: int = 2) -> QuantizedLayer:
+    """With gains in the first part; bias: its dimensions, 0 for the module's."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (len(layer.parts[0].act.scale), len(layer.parts[0].weight.scale))
+    first = dataclasses.replace(layer.parts[0], gain=torch.randn(shape, generator=generator))
+    own = torch.randn(shape[2 - bias :], generator=generator) if bias else None
+    return dataclasses.replace(layer, parts=(first, *layer.parts[1:]), bias=own)
+
+
+@pytest.mark.parametrize("bias", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("module", "shape", "cuts"),
+    [
+        (nn.Conv2d(6, 4, 3, padding=1), (6, 5, 5), (4,)),
+        (nn.Conv2d(6, 4, 3, padding=1, padding_mode="reflect"), (6, 5, 5), (2, 3)),
+        (nn.Conv2d(6, 4, 3, stride=2, groups=2, bias=False), (6, 5, 5), ()),
+        (nn.Conv1d(6, 4, 3), (6, 5), (4,)),
+        (nn.Linear(6, 4), (6,), (5,)),
+        (nn.Linear(6, 4), (2, 3, 6), ()),
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_a_simulated_row_has_the_gain_and_bias_of_its_step(
+    module: Any, shape: tuple[int, ...], cuts: tuple[int, ...], bias: int
+) -> None:
+    """Against the reference kernel, row by row; also with two rows to a tuple."""
+    table = StepTable(torch.tensor([0.02, 0.03, 0.05]), torch.tensor([128, 3, 100], dtype=torch.int16), 8)
+    parts = []
+    for begin, end in zip((0, *cuts), (*cuts, 6), strict=True):
+        weight = module.weight.detach() if not cuts else module.weight.detach()[:, begin:end]
+        parts.append(LayerPart(begin, end, nearest(weight, 4, "max"), table))
+    kind: Any = {nn.Conv2d: "conv2d", nn.Conv1d: "conv1d", nn.Linear: "linear"}[type(module)]
+    layer = gained(QuantizedLayer(kind, tuple(parts)), 5, bias)
+    simulated, reference = SimulatedLayer(module, layer), KERNELS["reference"].build(module, layer)
+    x, steps = noise(6, *shape, seed=1), torch.tensor([2, 0, 1, 1, 0, 2])
+    for k, of in ((1, steps), (2, steps[::2])):
+        found = simulated(x, of)
+        for row in range(len(x)):
+            expected = reference(x[row : row + 1], int(of[row // k]))
+            torch.testing.assert_close(found[row : row + 1], expected, atol=1e-5, rtol=1e-5)
+    if kind != "linear":
+        with pytest.raises(RuntimeError, match="6 rows in a batch of 4"):
+            simulated(x, steps[:4])
+
+
+@pytest.mark.parametrize("lr_bias", [0.0, 0.01])
+def test_gains_and_biases_per_step_outlive_reconstruction(lr_bias: float) -> None:
+    model, layers, data = one_linear()
+    layers = {"layer": gained(layers["layer"], 7)}
+    gain, bias = layers["layer"].parts[0].gain, layers["layer"].bias
+    assert gain is not None and bias is not None
+    with torch.no_grad():  # what the compensated layer is to give, so that there is something to learn
+        gain.copy_(1 + 0.1 * gain)
+        bias.mul_(0.1)
+    options = Reconstruction(unit="layer", iters=60, batch_size=64, lr_bias=lr_bias)
+    (outcome,) = reconstruct(model, layers, {}, data, options)
+    learned = outcome.layers["layer"]
+    assert outcome.learned < outcome.nearest
+    assert learned.parts[0].gain is not None and torch.equal(learned.parts[0].gain, gain)
+    assert learned.bias is not None and learned.bias.shape == (3, 16)
+    assert torch.equal(learned.bias, bias) == (lr_bias == 0.0)
+    assert not torch.equal(learned.parts[0].weight.codes, layers["layer"].parts[0].weight.codes)
+    kept = {f"0/layer/{key}": value for key, value in reconstructed._tensors(learned)}  # in a checkpoint
+    again = reconstructed._layer(layers["layer"], kept, "0/layer")
+    assert same(Quantization({}, {"layer": again}), Quantization({}, {"layer": learned}))
+
+
+def test_the_mean_of_the_output_is_taken_off_every_step_of_a_bias() -> None:
+    model, layers, data = one_linear()
+    layers = {"layer": gained(layers["layer"], 7)}
+    bias = layers["layer"].bias
+    assert bias is not None
+    _, outcome = reconstruct(model, layers, {}, data, Reconstruction(iters=1), output="layer")
+    assert outcome.unit == "layer (mean)" and outcome.kept == "learned"
+    changed = outcome.layers["layer"].bias
+    assert changed is not None and changed.shape == (3, 16)
+    moved = changed - bias
+    torch.testing.assert_close(moved, moved[:1].expand(3, 16))
+    assert float(moved.abs().max()) > 0.1
 
 
 def test_the_mean_of_the_output_is_that_of_full_precision() -> None:

@@ -1,11 +1,14 @@
 """What reconstruction learns of one layer: which way each weight is rounded, the scales of what comes in, a bias.
 
+Gains, where a layer has them, stay what they are.
+
 The learned rounding is AdaRound's (Nagel et al., 2020): w ≈ (clamp(floor(w/d) + h(α) + z, 0, L−1) − z)·d with
 h(α) = clip(1.2·sigmoid(α) − 0.1, 0, 1), a number between rounding down and up that ends as 0 or 1 (METHOD 5.1).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -13,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from iec.artifact.calibration import LayerPart, QuantizedLayer, StepTable, WeightCodes
+from iec.artifact.calibration import QuantizedLayer, StepTable, WeightCodes
 from iec.quant.observe import dequantized
 
 LOW, HIGH = -0.1, 1.1  # h's range before it is clipped
@@ -65,17 +68,21 @@ def _summed(x: Tensor, like: Tensor) -> Tensor:
 
 def row_quantize(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
     """x̂ with one (scale, zero point) per row of the batch: x (B·k, …), scale and zero (B,). Differentiable in all three."""
-    if len(scale) != x.shape[0]:
-        factor, left = divmod(x.shape[0], len(scale))
-        if left:
-            raise RuntimeError(
-                f"an activation has {x.shape[0]} rows in a batch of {len(scale)} tuples, so its rows have no step of their own; "
-                "leave the layer out, by QuantConfig(layers=...)"
-            )
-        scale, zero = scale.repeat_interleave(factor), zero.repeat_interleave(factor)
     shape = (-1, *[1] * (x.dim() - 1))
-    out: Any = _RowQuantize.apply(x, scale.view(shape), zero.view(shape), 2**bits - 1)
+    scale, zero = (of_rows(values, x.shape[0]).view(shape) for values in (scale, zero))
+    out: Any = _RowQuantize.apply(x, scale, zero, 2**bits - 1)
     return out
+
+
+def of_rows(values: Tensor, count: int) -> Tensor:
+    """`values` (B, …) of tuples as those of `count` = B·k rows (B·k, …). Raises RuntimeError for another number of rows."""
+    factor, left = divmod(count, len(values))
+    if left:
+        raise RuntimeError(
+            f"an activation has {count} rows in a batch of {len(values)} tuples, so its rows have no step of their own; "
+            "leave the layer out, by QuantConfig(layers=...)"
+        )
+    return values if factor == 1 else values.repeat_interleave(factor, dim=0)
 
 
 class StepScales(nn.Module):
@@ -173,7 +180,8 @@ class SimulatedLayer(nn.Module):
         own = self.module.bias
         bias = layer.bias.to(device) if layer.bias is not None else own.detach().float() if own is not None else None
         self.weight = weight.contiguous(memory_format=torch.channels_last) if weight.dim() == 4 else weight
-        self.bias = nn.Parameter(bias.clone(), requires_grad=False) if bias is not None else None
+        self.bias = nn.Parameter(bias.clone(), requires_grad=False) if bias is not None else None  # (out,) or (T, out)
+        self.gains = [None if part.gain is None else part.gain.detach().to(device) for part in layer.parts]
 
     def learn(self) -> None:
         """Round softly from now on, beginning at the floating-point weight."""
@@ -186,7 +194,7 @@ class SimulatedLayer(nn.Module):
     def learned(self) -> QuantizedLayer:
         """What was learned, rounded for good."""
         parts = tuple(
-            LayerPart(part.begin, part.end, rounding.hard(), table.table())  # type: ignore[operator]
+            dataclasses.replace(part, weight=rounding.hard(), act=table.table())  # type: ignore[operator]
             for part, rounding, table in zip(self.layer.parts, self.roundings, self.tables, strict=True)
         )
         changed = self.bias is not None and self.bias.requires_grad
@@ -212,17 +220,39 @@ class SimulatedLayer(nn.Module):
             soft = [rounding.soft() for rounding in self.roundings]  # type: ignore[operator]
             self.regularity = [h for _, h in soft]
             weight = soft[0][0] if len(soft) == 1 else torch.cat([w for w, _ in soft], 1)
-        return self._apply_to(pieces[0] if len(pieces) == 1 else torch.cat(pieces, self.channels), weight)
+        per_step = self.bias is not None and self.bias.dim() == 2
+        bias = None if per_step else self.bias
+        if all(gain is None for gain in self.gains):
+            y = self._apply_to(pieces[0] if len(pieces) == 1 else torch.cat(pieces, self.channels), weight, bias)
+        else:  # the rows of a batch have different gains, so these go on the outputs of the parts
+            y = self._gained(pieces, weight, steps)
+            y = y if bias is None else y + self._of_outputs(bias[None], y)
+        return y + self._of_outputs(self.bias[steps], y) if per_step else y  # type: ignore[index]
 
-    def _apply_to(self, x: Tensor, weight: Tensor) -> Tensor:
+    def _gained(self, pieces: list[Tensor], weight: Tensor, steps: Tensor) -> Tensor:
+        """The layer without its bias: the sum of what the parts give, each times its gain of the row's step."""
+        total: Any = 0.0
+        for part, piece, gain in zip(self.layer.parts, pieces, self.gains, strict=True):
+            y = self._apply_to(piece, weight if len(pieces) == 1 else weight[:, part.begin : part.end], None)
+            total = total + (y if gain is None else y * self._of_outputs(gain[steps], y))
+        return total
+
+    def _of_outputs(self, values: Tensor, y: Tensor) -> Tensor:
+        """values (B, out), or (1, out) for all rows, so that they meet the output channels of y (B·k, …)."""
+        values = values if len(values) == 1 else of_rows(values, y.shape[0])
+        count, outputs = values.shape
+        between = [1] * (y.dim() - 2)
+        return values.view(count, *between, outputs) if self.kind == "linear" else values.view(count, outputs, *between)
+
+    def _apply_to(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.kind == "linear":
-            return F.linear(x, weight, self.bias)
+            return F.linear(x, weight, bias)
         module = self.module
         padding = module.padding
         if module.padding_mode != "zeros":
             x, padding = F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode), 0
         convolve = F.conv2d if self.kind == "conv2d" else F.conv1d
-        return convolve(x, weight, self.bias, module.stride, padding, module.dilation, module.groups)
+        return convolve(x, weight, bias, module.stride, padding, module.dilation, module.groups)
 
 
 def temperature(progress: float, warm_up: float, begin: float = 20.0, end: float = 2.0) -> float:

@@ -1,4 +1,4 @@
-"""`iec calibrate`: a calibration of a model for quantized sampling, in a folder."""
+"""`iec calibrate`: a calibration of a model for quantized or cached sampling, in a folder."""
 
 from __future__ import annotations
 
@@ -38,6 +38,14 @@ def calibrate(
     tuples: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Reconstruction: how many inputs are kept.")
     ] = None,
+    no_quant: Annotated[bool, typer.Option("--no-quant", help="Do not quantize; plan the --cache alone.")] = False,
+    cache: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SPEC",
+            help="Also plan a cache: cachequant:5, cachequant:5,branch=0, ... (the options of iec.CacheQuant).",
+        ),
+    ] = None,
     num_inference_steps: Annotated[
         int, typer.Option(min=1, metavar="N", help="Steps of the scheduler, the same as when sampling.")
     ] = 50,
@@ -58,7 +66,7 @@ def calibrate(
     device: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda, ...")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print what `iec info DIR --json` prints.")] = False,
 ) -> None:
-    """Calibrate a model for quantized sampling. Stopped, it goes on where it was: by the same command."""
+    """Calibrate a model for quantized or cached sampling. Stopped, it goes on where it was: by the same command."""
     from diffusers.utils import logging
 
     import iec
@@ -66,7 +74,17 @@ def calibrate(
     from iec.evaluate.machine import choose_device
     from iec.evaluate.sampling import with_scheduler
 
-    place, config, learned = choose_device(device), _config(weight_bits, act_bits, layers), None
+    place, planned, learned = choose_device(device), _cache(cache), None
+    if no_quant:
+        if planned is None:
+            raise ValueError("--no-quant leaves nothing to calibrate; add --cache cachequant:5")
+        of_quant = (weight_bits, act_bits, layers or None, iters, tuples)
+        if reconstruct != "none" or any(option is not None for option in of_quant):
+            raise ValueError(
+                "--no-quant leaves out what --weight-bits, --act-bits, --layers, --reconstruct, --iters and --tuples are of; "
+                "give one or the other"
+            )
+    config = None if no_quant else _config(weight_bits, act_bits, layers)
     if reconstruct != "none":
         given = {"unit": reconstruct, "iters": iters, "num_tuples": tuples}
         learned = iec.Reconstruction(**{key: value for key, value in given.items() if value is not None})
@@ -88,7 +106,8 @@ def calibrate(
     out.mkdir(parents=True, exist_ok=True)
 
     with bar("", transient=True) as shown:
-        tasks: dict[str, Any] = {"samples": shown.add_task("samples", total=num_samples)}
+        first = "samples" if planned is None else "features"
+        tasks: dict[str, Any] = {first: shown.add_task(first, total=num_samples)}
 
         def progress(what: str, done: int, total: int) -> None:
             if what not in tasks:
@@ -101,6 +120,7 @@ def calibrate(
             calibration = iec.calibrate(
                 pipe,
                 config,
+                planned,
                 reconstruct=learned,
                 num_inference_steps=num_inference_steps,
                 num_samples=num_samples,
@@ -131,16 +151,29 @@ def _config(weight_bits: int | None, act_bits: int | None, layers: list[str] | N
     return iec.QuantConfig(**{key: value for key, value in given.items() if value is not None})
 
 
+def _cache(text: str | None) -> Any:
+    """The cache that is to be calibrated, if any."""
+    import iec
+    from iec.caches.spelling import parse
+
+    planned = None if text is None else parse(text)
+    if planned is not None and not isinstance(planned, iec.CacheQuant):
+        raise ValueError(
+            f"--cache {text}: this cache needs no calibration, give it to `iec sample`; to plan one, use cachequant"
+        )
+    return planned
+
+
 def _short(about: dict[str, Any]) -> str:
     """A few lines of what `iec info` tells of the folder."""
-    bits = f"W{about['quantization']['weight_bits']}A{about['quantization']['act_bits']}"
-    bits += ", reconstructed," if about["reconstruction"] != "none" else ""
-    part = f"{about['weight_bytes'] / 2**20:.2f} MiB of weights for {about['float_bytes'] / 2**20:.2f} MiB"
-    skipped = f", {len(about['skipped'])} skipped" if about["skipped"] else ""
-    return "\n".join(
-        [
-            f"{bits} of {about['pipeline']}: {about['layers']} layers{skipped}, {part}",
-            f"for {about['steps']} steps of {about['scheduler']}, from {about['samples']} samples",
-            about["folder"],
-        ]
-    )
+    lines = []
+    if about["quantization"] != "none":
+        bits = f"W{about['quantization']['weight_bits']}A{about['quantization']['act_bits']}"
+        bits += ", reconstructed," if about["reconstruction"] != "none" else ""
+        part = f"{about['weight_bytes'] / 2**20:.2f} MiB of weights for {about['float_bytes'] / 2**20:.2f} MiB"
+        skipped = f", {len(about['skipped'])} skipped" if about["skipped"] else ""
+        lines.append(f"{bits} of {about['pipeline']}: {about['layers']} layers{skipped}, {part}")
+    if about["cache"] != "none":
+        lines.append(f"cache of {about['pipeline']}: branch {about['cache']['branch']}, {about['cache']['plan']}")
+    lines.append(f"for {about['steps']} steps of {about['scheduler']}, from {about['samples']} samples")
+    return "\n".join([*lines, about["folder"]])

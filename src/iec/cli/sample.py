@@ -26,7 +26,7 @@ def sample(
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the first image; image i has seed + i.")] = 0,
     num_inference_steps: Annotated[int, typer.Option(min=1, metavar="N", help="Steps of the scheduler.")] = 50,
     steps: Annotated[
-        str, typer.Option(metavar="PLAN", help="Steps to correct: none, all, ends:1/10, first:3, at:0,9, ...")
+        str, typer.Option(metavar="PLAN", help="Steps to correct: none, all, ends:1/10, at:0,9, refresh, ...")
     ] = "none",
     relax: Annotated[
         str, typer.Option(metavar="LAMBDAS", help="Relaxation factors, or a preset: 0.5 | 1.0,0.5 | paper")
@@ -42,6 +42,14 @@ def sample(
         str | None,
         typer.Option(metavar="NAME", help="With --quant: reference, onednn, cuda.  [default: the fastest here]"),
     ] = None,
+    cache: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SPEC",
+            help="Cache features: deepcache:5, deepcache:5,branch=0, ... (the options of iec.DeepCache); "
+            "or cachequant, by the plan in --quant DIR.",
+        ),
+    ] = None,
     scheduler: Annotated[
         str | None, typer.Option(metavar="NAME", help="A scheduler class of diffusers.  [default: the model's]")
     ] = None,
@@ -56,7 +64,7 @@ def sample(
     save_images: Annotated[Path | None, typer.Option(metavar="DIR", help="Also save each image, as SEED.png.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Sample images, plain, quantized or corrected by IEC, into one grid."""
+    """Sample images, plain, quantized, cached or corrected by IEC, into one grid."""
     from diffusers.utils import logging
 
     import iec
@@ -70,6 +78,9 @@ def sample(
     if kernel is not None and quant is None:
         raise ValueError("--kernel chooses how a quantized model is computed; add --quant DIR")
     calibration = iec.Calibration.load(quant) if quant is not None else None
+    cached = _cache(cache, calibration, quant)
+    if calibration is not None and calibration.quant is None and (kernel is not None or not _is_planned(cached)):
+        raise ValueError(f"{quant} holds no quantization; its cache is used by --cache cachequant, without --kernel")
     logging.disable_progress_bar()  # ours says what matters
     pipe = iec.load(model).to(place)
     pipe.set_progress_bar_config(disable=True)
@@ -77,7 +88,9 @@ def sample(
         pipe = with_scheduler(pipe, scheduler)
     given = {"prompt": prompt, "class_labels": class_label}
     conditions: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
-    if calibration is not None:
+    if cached is not None:  # before quantization, which gives away the weights that a calibration is compared with
+        iec.cache(pipe, cached, calibration if _is_planned(cached) else None)
+    if calibration is not None and calibration.quant is not None:
         iec.quantize(pipe, calibration, kernel=kernel if kernel is not None else "auto", keep_float=False)
     if steps != "none":
         iec.enable(pipe, steps=steps, relax=factors, tol=tol)
@@ -108,12 +121,39 @@ def sample(
                 "seconds": round(cost.seconds, 3),
                 "out": str(out),
                 "quant": summary.quant,
+                "cache": summary.cache,
+                "refreshed": summary.refreshed,
+                "reused": summary.reused,
                 "iec": summary.as_dict() if steps != "none" else None,
             }
         )
         return
     per_batch = f" = {batches} batches of {cost.evaluations / batches:g}" if batches > 1 else ""
-    if steps != "none" or summary.quant is not None:
-        stdout.print(str(summary) if steps != "none" else summary.quant, markup=False, highlight=False, soft_wrap=True)
+    beside = [] if summary.quant is None else [summary.quant]
+    if summary.cache is not None:
+        beside.append(f"{summary.cache}: {summary.refreshed} whole passes, {summary.reused} reused")
+    for line in [str(summary)] if steps != "none" else beside:
+        stdout.print(line, markup=False, highlight=False, soft_wrap=True)
     counted = f"{num} images, {cost.evaluations} evaluations{per_batch}, {cost.seconds:.1f} s"
     stdout.print(f"{counted}\n{out}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _cache(text: str | None, calibration: Any, folder: Path | None) -> Any:
+    """The cache of --cache; what a `cachequant` does not say is as it was calibrated."""
+    from iec.caches.spelling import parse
+
+    if text is None:
+        return None
+    tables = None if calibration is None else calibration.cache
+    made = parse(text, None if tables is None else tables.config)
+    if _is_planned(made) and tables is None:
+        missing = "add --quant DIR" if calibration is None else f"{folder} holds none: calibrate with --cache {text}"
+        raise ValueError(f"--cache {text} takes its plan from a calibration; {missing}")
+    return made
+
+
+def _is_planned(cached: Any) -> bool:
+    """Whether a cache is one of a calibration."""
+    import iec
+
+    return isinstance(cached, iec.CacheQuant)

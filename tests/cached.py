@@ -7,6 +7,7 @@ from typing import Any
 import diffusers
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import iec
 import tiny
@@ -47,19 +48,32 @@ def executed(model: nn.Module, forward: Any) -> set[str]:
     return ran
 
 
+def flops(model: nn.Module, forward: Any) -> dict[str, int]:
+    """The floating-point operations of a call of `forward`, by module name; those of the whole model under its class name."""
+    with FlopCounterMode(display=False) as counter:
+        forward()
+    prefix = f"{type(model).__name__}."
+    return {name.removeprefix(prefix): sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
+
+
 class AtStep:
     """A cache on a bare model with a clock moved by hand."""
 
-    def __init__(self, model: Any, config: iec.DeepCache, steps: int = 10, begin: int = 0) -> None:
+    def __init__(
+        self, model: Any, config: iec.DeepCache, steps: int = 10, begin: int = 0, call: Any = None, **other: Any
+    ) -> None:
+        """`call(x, t)` evaluates the model, if it is not called so itself; `other` is for `FeatureCache`."""
         self.model, self.clock, self.begin = model, iec.StepClock(), begin
+        self.call = call if call is not None else lambda x, t: model(x, t).sample
         self.run: Any = self
         self.cache = config.build(model, self.clock, lambda: self.run)
+        vars(self.cache).update(other)
         self.clock.start(steps)
 
     def __call__(self, step: int, x: Tensor, t: int = 400, visit: int = 0) -> Tensor:
         self.clock.move(step, visit, True)
         with torch.no_grad():
-            return self.model(x, t).sample
+            return self.call(x, t)
 
     def __enter__(self) -> AtStep:
         self.cache.install()

@@ -181,8 +181,25 @@ def test_several_calls_in_a_step_have_a_feature_each() -> None:
         for step in (1, 2):
             for given, expected in zip((x, z), whole, strict=True):
                 torch.testing.assert_close(at(step, given), expected, atol=1e-6, rtol=1e-6)
-        with pytest.raises(RuntimeError, match="call 2 of a step"):
-            at(2, x)
+        assert (at.cache.refreshed, at.cache.reused) == (2, 4)
+
+
+def test_a_further_call_is_a_whole_pass() -> None:
+    """Guidance that begins or ends between two refreshes makes calls that the last refresh had no feature for."""
+    model, x, z = unet(), tiny.noise(2, 3, 8, 8), tiny.noise(2, 3, 8, 8, seed=1)
+    with torch.no_grad():
+        plain = model(z, 300).sample
+    with AtStep(model, iec.DeepCache()) as at:
+        at(0, x)
+        at(1, x)
+        assert torch.equal(at(1, z, 300), plain)  # begins here
+        torch.testing.assert_close(at(2, x), at(1, x), atol=0, rtol=0)
+        at(2, x)
+        torch.testing.assert_close(at(2, z, 300), plain, atol=1e-6, rtol=1e-6)
+        at(5, x)  # ends here: what it left is not reused after another refresh
+        at(6, x)
+        kept = at.cache.reused
+        assert torch.equal(at(6, z, 300), plain) and at.cache.reused == kept
 
 
 def test_a_pass_that_failed_can_be_taken_again() -> None:

@@ -27,12 +27,14 @@ class Pass(threading.local):
     """The pass under way in this thread. A whole one may have a `capture`; a reuse pass has the feature in `reuse`.
 
     What else it needs while it runs is kept here by the place it is cut at: `placeholder`, what skipped modules return;
-    `entered`, what came into a skipped range; `guarded`, whether the feature would be written over by what takes it.
+    `ends`, the first and the last block of a skipped range; `entered`, what came into it; `guarded`, whether the feature would
+    be written over by what takes it.
     """
 
     capture: Capture | None = None
     reuse: Feature | None = None
     placeholder: Tensor | None = None
+    ends: tuple[int, int] | None = None
     entered: tuple[Tensor, ...] | None = None
     guarded: bool = False
 
@@ -44,7 +46,7 @@ class Place(Protocol):
         """The modules at the cut and behind it, each with what stands in for its forward."""
         ...
 
-    def begin(self, now: Pass, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+    def start(self, now: Pass, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
         """Before a pass that captures or reuses: the arguments that the model gets instead, None for the same."""
         ...
 
@@ -65,7 +67,7 @@ class Site(NamedTuple):
     The output of `source`, a tensor (B, C, H, W) (if `tupled`, in a tuple), is the feature, which `consumer`, a resnet of
     the up path, takes together with skip tensor number `skip`: the feature's channels come first. `skipped` are the other
     modules whose results only lead to the feature. `branch` is the number that people know the cut by. `adapt` is
-    `Place.begin`. Skipped modules answer with a placeholder of no channels, so that the concatenations inside a block that
+    `Place.start`. Skipped modules answer with a placeholder of no channels, so that the concatenations inside a block that
     is entered half-way still work and cost nothing.
     """
 
@@ -83,7 +85,7 @@ class Site(NamedTuple):
         for module, skips in self.skipped:
             yield module, functools.partial(_skipping, now, skips)
 
-    def begin(self, now: Pass, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+    def start(self, now: Pass, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
         """See `Place`."""
         if now.reuse is not None:
             assert isinstance(now.reuse, Tensor)
@@ -118,7 +120,7 @@ class Cut:
     def clear(self) -> None:
         """The coming pass is whole and leaves no feature."""
         now = self._pass
-        now.capture = now.reuse = now.placeholder = now.entered = None
+        now.capture = now.reuse = now.placeholder = now.ends = now.entered = None
         now.guarded = False
 
     @property
@@ -159,8 +161,29 @@ class Cut:
                 "undo that one first"
             )
 
+    def evaluate(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Make the coming pass by `forward`, the model's own, past the hooks on the model."""
+        try:
+            args, kwargs = self._begin(args, kwargs) or (args, kwargs)
+            return forward(*args, **kwargs)
+        finally:
+            self.clear()
+
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
-        return self.site.begin(self._pass, args, kwargs) if self.passing else None
+        return self.site.start(self._pass, args, kwargs) if self.passing else None
+
+
+def refuse_compiled(model: Any) -> None:
+    """Raises TypeError for a model that was compiled, or has parts that were."""
+    name = type(model).__name__
+    if any(getattr(part, "_compiled_call_impl", None) is not None for part in getattr(model, "modules", list)()):
+        raise TypeError(
+            f"this {name} was compiled in place, so its blocks cannot be skipped; load it anew and cache it uncompiled"
+        )
+    if name == "OptimizedModule":
+        raise TypeError(
+            "the model was compiled, so its blocks cannot be skipped; assign the original (._orig_mod) and cache that"
+        )
 
 
 def _sourced(now: Pass, tupled: bool, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

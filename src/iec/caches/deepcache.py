@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
+from iec.caches import transformer, unet
+from iec.caches.cut import Place, refuse_compiled
 from iec.caches.feature import FeatureCache, RunOfSteps
-from iec.caches.unet import locate
 from iec.plan import CachePlan, StepClock, Window, check_interval, check_window, make_plan, parse_schedule
 
 
@@ -15,21 +16,25 @@ from iec.plan import CachePlan, StepClock, Window, check_interval, check_window,
 class DeepCache:
     """Run the whole model at steps 0, `interval`, 2 `interval`, …; in between only what is outside the cached part.
 
-    `branch` says how much is recomputed at a reuse step: the cached part lies below skip connection `branch` + 1, where
-    0 is the one of `conv_in` (see `iec.caches.unet`). None is the rule of the paper's CIFAR-10 runs: the level of full
-    resolution is recomputed whole, which is branch 2 at two layers per block.
+    For UNets, `branch` says how much is recomputed at a reuse step, the higher the more (see `iec.caches.unet`). None is
+    what is usual: for a UNet2DModel the level of full resolution is recomputed whole, which is branch 2 at two layers per
+    block; for a UNet2DConditionModel branch 0, its first convolution and its last resnet.
+
+    For transformers, `blocks` (begin, end) are those that a reuse step skips, begin … end − 1 of all n blocks (see
+    `iec.caches.transformer`); None leaves out the first and the last max(1, n // 8).
 
     `schedule` places the whole passes otherwise, about as many: uniform, quadratic[:p], centred[:c[,p]] or at:0,3,9.
     `window` (begin, end), each a step or a fraction of the run as a float, restricts caching to the steps from begin to
     before end; outside every pass is whole. For both see `iec.plan.schedules`.
 
-    Raises TypeError or ValueError for an interval below 1, a negative branch, a schedule or window that cannot be.
+    Raises TypeError or ValueError for an interval below 1, a branch, range of blocks, schedule or window that cannot be.
     """
 
     interval: int = 5
     branch: int | None = None
     schedule: str = "uniform"
     window: Window | None = None
+    blocks: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         check_interval(self.interval)
@@ -37,6 +42,8 @@ class DeepCache:
             raise TypeError(f"branch is {self.branch!r}, expected an integer or None")
         if self.branch is not None and self.branch < -1:
             raise ValueError(f"branch is {self.branch}, expected at least 0 (for a UNet2DModel, at least -1)")
+        if self.blocks is not None:
+            object.__setattr__(self, "blocks", _check_range(self.blocks))
         if parse_schedule(self.schedule).kind == "dps":
             raise ValueError("schedule 'dps' needs a calibration, which DeepCache has not; use iec.CacheQuant")
         if self.window is not None:
@@ -60,6 +67,39 @@ class DeepCache:
     ) -> FeatureCache:
         """The cache for `model`, not installed yet; see `FeatureCache` for the arguments.
 
-        Raises TypeError for a model that is not supported, ValueError for a branch that it does not have.
+        Raises TypeError for a model that is not supported, ValueError for a branch or blocks that it does not have.
         """
-        return FeatureCache(model, locate(model, self.branch), self.plan, clock, run, owns)
+        return FeatureCache(model, place(model, self.branch, self.blocks), self.plan, clock, run, owns)
+
+
+def place(model: Any, branch: int | None = None, blocks: tuple[int, int] | None = None) -> Place:
+    """Where to cut `model`: at a branch of a UNet, around a range of a transformer's blocks.
+
+    Raises TypeError for a model that is not supported or was compiled; ValueError for a branch or a range of blocks that
+    it does not have.
+    """
+    refuse_compiled(model)
+    name = type(model).__name__
+    classes = {base.__name__ for base in type(model).__mro__}
+    if classes & set(unet.MODELS):
+        if blocks is not None:
+            raise ValueError(f"blocks is {blocks}, which is for transformers; for a {name} choose a branch")
+        return unet.locate(model, branch)
+    if classes & set(transformer.MODELS):
+        if branch is not None:
+            raise ValueError(f"branch is {branch}, which is for UNets; for a {name} choose blocks=(begin, end)")
+        return transformer.locate_blocks(model, blocks)
+    raise TypeError(
+        f"DeepCache knows the blocks of {', '.join((*unet.MODELS, *transformer.MODELS))}, not of {name}; "
+        "leave the cache out for this pipeline"
+    )
+
+
+def _check_range(blocks: Any) -> tuple[int, int]:
+    """The two ends of a range of blocks. Raises TypeError or ValueError for what is none."""
+    ends = tuple(blocks) if isinstance(blocks, (tuple, list)) else ()
+    if len(ends) != 2 or any(not isinstance(end, int) or isinstance(end, bool) for end in ends):
+        raise TypeError(f"blocks is {blocks!r}, expected None or two integers (begin, end)")
+    if not 0 <= ends[0] < ends[1]:
+        raise ValueError(f"blocks is {blocks!r}, expected 0 <= begin < end")
+    return ends

@@ -43,7 +43,8 @@ class FeatureCache:
 
     A pass is whole when the clock is stopped, at a refresh step, at the first step of a run, and at every correction;
     all but the first replace the feature, so reuse follows the last correction (METHOD 1.4). Models that are called
-    several times in one visit (guidance without batching) have one feature per call.
+    several times in one visit (guidance without batching) have one feature per call; a further call that the last visit
+    with a whole pass did not make (guidance that begins between two of them) is a whole pass as well.
 
     Raises ValueError where the model carries a cache already.
     """
@@ -110,16 +111,15 @@ class FeatureCache:
             self._tick, self._calls = tick, 0
         sample = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
         kind = (tuple(sample.shape), sample.dtype, sample.device)
-        if tick.correction or tick.step in self._refresh or tick.step == run.begin:
-            call = self._calls
+        call, held = self._calls, self.features.get(self._calls)
+        further = held is None and call > 0
+        if tick.correction or tick.step in self._refresh or tick.step == run.begin or further:
             self.cut.whole(lambda feature: self._capture(call, Held(feature, kind)))
             return
-        held = self.features.get(self._calls)
         if held is None:
             raise RuntimeError(
-                f"step {tick.step} should reuse a feature, but no whole pass of this run has left one for call "
-                f"{self._calls} of a step; the model must be called equally often at every step, in the order of "
-                "the scheduler's timesteps"
+                f"step {tick.step} should reuse a feature, but no whole pass of this run has left one; the model must be "
+                "called in the order of the scheduler's timesteps"
             )
         if held.sample != kind:
             raise RuntimeError(
@@ -129,6 +129,8 @@ class FeatureCache:
         self.cut.reuse(held.feature if self.compensate is None else self.compensate(tick.step, held.feature))
 
     def _capture(self, call: int, held: Held) -> None:
+        if call == 0:
+            self.features.clear()  # what the visit before left for further calls is older than this pass
         self.features[call] = held
         self.refreshed += 1
 

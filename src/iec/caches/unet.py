@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from iec.caches.cut import Site, Skipped
+from iec.caches.cut import Site, Skipped, refuse_compiled
 from iec.caches.residuals import Residuals
 
 # The model classes, with the skip tensor of branch 0.
@@ -116,19 +116,12 @@ def _parts(block: Any, index: int) -> tuple[nn.Module, ...]:
 
 def _check(model: Any) -> int:
     """The skip tensor of branch 0, if the model can be cut."""
-    name = type(model).__name__
-    if any(getattr(part, "_compiled_call_impl", None) is not None for part in getattr(model, "modules", list)()):
-        raise TypeError(
-            f"this {name} was compiled in place, so its blocks cannot be skipped; load it anew and cache it uncompiled"
-        )
-    if name == "OptimizedModule":
-        raise TypeError(
-            "the model was compiled, so its blocks cannot be skipped; assign the original (._orig_mod) and cache that"
-        )
+    refuse_compiled(model)
     first = next((MODELS[base.__name__] for base in type(model).__mro__ if base.__name__ in MODELS), None)
     if first is None:
         raise TypeError(
-            f"DeepCache knows the blocks of {', '.join(MODELS)}, not of {name}; leave the cache out for this pipeline"
+            f"branches are those of a {' or '.join(MODELS)}, not of a {type(model).__name__}; "
+            "leave the cache out for this pipeline"
         )
     for blocks, known in ((model.down_blocks, DOWN), (model.up_blocks, UP)):
         for block in blocks:

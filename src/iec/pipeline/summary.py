@@ -14,7 +14,8 @@ class Summary:
     they tell its last run, and `enabled` is False. `evaluations` counts denoiser forwards;
     `spared` those that convergence saved. `residuals` maps a step to the relative residual of each of its corrections,
     averaged over the batch. `cache` describes the cache on the pipeline, of whose evaluations `refreshed` were whole passes
-    (corrections among them) and `reused` were not; all three are None without one. `quant` describes the quantization on
+    (corrections among them) and `reused` were not; all three are None without one, the last two also for a cache of another
+    library. `quant` describes the quantization on
     the pipeline, None without one. Seconds are wall time from the first to the last step.
     """
 

@@ -205,9 +205,10 @@ def test_onednn_is_the_reference(seed: int) -> None:
 
 
 @needs_onednn
+@pytest.mark.parametrize("gained", [False, True])
 @pytest.mark.parametrize("zero", [16384, -16384, 7000])
 @torch.no_grad()
-def test_sums_do_not_wrap(zero: int) -> None:
+def test_sums_do_not_wrap(zero: int, gained: bool) -> None:
     """(255 + 16384)·127·2304 is beyond int32."""
     rng = torch.Generator().manual_seed(0)
     for module, shape in (
@@ -216,6 +217,9 @@ def test_sums_do_not_wrap(zero: int) -> None:
         (nn.Linear(2304, 4), (2, 3, 2304)),
     ):
         layer = layer_for(module, rng, style="positive", zeros=(zero, 5))
+        if gained:
+            part = dataclasses.replace(layer.parts[0], gain=torch.randn(2, 4, generator=rng))
+            layer = dataclasses.replace(layer, parts=(part,))
         x = torch.rand(shape, generator=rng) * 5 - zero * 0.021
         op = onednn.build(module, layer)
         for step in (0, 1):

@@ -75,7 +75,9 @@ def test_zero_is_the_cached_run(cache: Cached) -> None:
         assert session.evaluations == calls * (count + corrected * len(relax))
 
 
-def test_spared_corrections_leave_the_cached_run(cache: Cached) -> None:
+@pytest.mark.parametrize("name", ["faster", "sea", "deepcache", "cache-dit"])
+def test_spared_corrections_leave_the_cached_run(name: str) -> None:
+    cache = CACHES[name]
     plain, pipe = cached_run(cache), fresh(cache)
     with cache.put_on(pipe), iec.enable(pipe, steps="all", relax=(0.0, 0.5), tol=1e9) as session:
         found = run(cache.case, pipe)
@@ -202,6 +204,13 @@ def test_a_cache_over_iec_is_refused(name: str) -> None:
             assert torch.equal(run(cache.case, pipe).image, cached_run(cache).image)
 
 
+def test_without_corrections_no_order_is_asked_for() -> None:
+    cache = CACHES["faster"]
+    pipe = fresh(cache)
+    with iec.enable(pipe, steps="none"), cache.put_on(pipe):
+        assert torch.equal(run(cache.case, pipe).image, cached_run(cache).image)
+
+
 # --- what is told, and what is refused --------------------------------------------------------------------------------
 
 
@@ -211,7 +220,6 @@ def test_the_summary_names_it(cache: Cached) -> None:
     with cache.put_on(pipe):
         assert iec.summary(pipe).cache == cache.name
         with iec.enable(pipe) as session:
-            run(cache.case, pipe)
             assert session.summary().cache == cache.name and f"cache        {cache.name}\n" in str(session.summary())
         assert session.summary().cache == cache.name
 
@@ -244,7 +252,7 @@ def test_a_cache_of_diffusers_that_nobody_knows_is_refused() -> None:
     diffusers.hooks.HookRegistry.check_if_exists_or_initialize(block).register_hook(_new_hook("BrandNewHook"), "new")
     with pytest.raises(TypeError, match="does not know the cache BrandNewHook of diffusers on this FluxTransformer"):
         iec.enable(pipe)
-    assert not hasattr(pipe, "_iec")
+    assert not hasattr(pipe, "_iec") and iec.summary(pipe).cache == "a cache that IEC does not know"
     block._diffusers_hook.remove_hook("new")
     block._diffusers_hook.register_hook(_new_hook("TextKVCacheBlockHook"), "exact")  # what it keeps is exact
     assert find(pipe.transformer) == []

@@ -62,13 +62,13 @@ class Installation:
             self._uninstall()
 
     def check_caches(self, steps: str | CorrectionPlan | None) -> None:
-        """Look for caches of other libraries on the denoisers.
+        """Look for caches of other libraries on the denoisers; without corrections, and a cache of ours, they do no harm.
 
         Raises TypeError or RuntimeError for one that a correction cannot go past, ValueError where `steps` are the refresh
         steps of one that has none, or a cache of ours is there as well.
         """
         for name, gate in self.gates.items():
-            gate.caches = find(gate.module)
+            gate.caches = () if steps == "none" and self.state.refresh is None else find(gate.module)
             for cache in gate.caches:
                 if self.state.refresh is not None:
                     raise ValueError(

@@ -8,7 +8,7 @@ from typing import Any
 
 from iec.pipeline.adapters import DENOISERS
 from iec.pipeline.caching import cached
-from iec.pipeline.foreign import find
+from iec.pipeline.foreign import names
 from iec.pipeline.installation import Installation, installation, installed, switching
 from iec.pipeline.quantizing import quantized
 from iec.pipeline.summary import Summary
@@ -180,9 +180,9 @@ def _beside(pipe: Any, held: Installation | None) -> dict[str, Any]:
         refreshed, reused = caching.counts() or (None, None)
         told |= {"cache": repr(caching.config), "refreshed": refreshed, "reused": reused}
     else:
-        others = {cache.name for name in DENOISERS for cache in find(getattr(pipe, name, None))}
+        others = names(getattr(pipe, name, None) for name in DENOISERS)
         if others:
-            told["cache"] = ", ".join(sorted(others))
+            told["cache"] = ", ".join(others)
     return told
 
 

@@ -5,7 +5,7 @@ ordinary visits of a run are bit for bit those of the cached run without IEC. Wh
 is gone after it, whatever happens in between.
 """
 
-from iec.pipeline.foreign.found import check_refresh, find, refresh_steps, refuse_beside
+from iec.pipeline.foreign.found import check_refresh, find, names, refresh_steps, refuse_beside
 from iec.pipeline.foreign.visit import ForeignCache, Visit
 
-__all__ = ["ForeignCache", "Visit", "check_refresh", "find", "refresh_steps", "refuse_beside"]
+__all__ = ["ForeignCache", "Visit", "check_refresh", "find", "names", "refresh_steps", "refuse_beside"]

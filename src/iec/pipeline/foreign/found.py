@@ -23,6 +23,17 @@ def find(model: Any) -> list[ForeignCache]:
     return [cache for library in (diffusers_hooks, deepcache, cachedit) for cache in library.collect(model)]
 
 
+def names(models: Iterable[Any]) -> list[str]:
+    """The names of the caches of other libraries on `models`, of those that IEC cannot go past as well."""
+    named: dict[str, None] = {}
+    for model in models:
+        try:
+            named.update((cache.name, None) for cache in find(model))
+        except TypeError:
+            named["a cache that IEC does not know"] = None
+    return list(named)
+
+
 def check_refresh(steps: str | CorrectionPlan | None, caches: Iterable[ForeignCache]) -> None:
     """Raise ValueError when `steps` speaks of refresh steps that nobody knows before the run."""
     if not isinstance(steps, str) or not any(atom.kind == "refresh" for parts in parse(steps) for atom in parts):

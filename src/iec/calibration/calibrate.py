@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -78,7 +79,11 @@ def calibrate(
         raise ValueError("reconstruct is given, but nothing is quantized; give quant=iec.QuantConfig(...) too")
     if installed(pipe) is not None:
         raise ValueError("IEC is on this pipeline; calibrate the plain one: call iec.undo(pipe) first")
-    calls = list(batches(pipe, range(seed, seed + num_samples), num_inference_steps, batch_size, "latent", **kwargs))
+    # Made anew for each passage, because a call uses up its generators.
+    calls = functools.partial(
+        batches, pipe, range(seed, seed + num_samples), num_inference_steps, batch_size, "latent", **kwargs
+    )
+    calls()  # refuses what cannot be sampled before anything is done
     settings = {"batch_size": batch_size, **{key: _plain(value) for key, value in kwargs.items()}}
     about = functools.partial(origin, num_samples=num_samples, seed=seed, settings=settings)
     options = [None if given is None else given.as_dict() for given in (config, cache, reconstruct)]
@@ -130,7 +135,13 @@ class _Sampling:
     """The calls of the pipeline that sample all seeds, for one passage after the other."""
 
     def __init__(
-        self, pipe: Any, calls: list[Batch], journal: Journal, progress: Progress | None, seed: int, num_samples: int
+        self,
+        pipe: Any,
+        calls: Callable[[], Iterator[Batch]],
+        journal: Journal,
+        progress: Progress | None,
+        seed: int,
+        num_samples: int,
     ) -> None:
         self.pipe, self.calls, self.journal, self.progress = pipe, calls, journal, progress
         self.seed, self.num_samples = seed, num_samples
@@ -145,7 +156,7 @@ class _Sampling:
             held.add(passage)
             passage.install()
         try:
-            for call in self.calls[done:]:
+            for call in itertools.islice(self.calls(), done, None):
                 first, count = call.seeds[0] - self.seed, len(call.seeds)
                 passage.begin(first, count)
                 self.pipe(**call.arguments)

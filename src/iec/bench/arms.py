@@ -10,7 +10,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from iec.artifact.calibration import Calibration
-from iec.caches import DeepCache
+from iec.caches import CacheQuant, DeepCache
 from iec.evaluate.metrics import fidelity
 from iec.evaluate.sampling import measure, sample, with_scheduler
 from iec.pipeline.adapters import denoisers
@@ -33,9 +33,14 @@ class Arm:
     num_inference_steps: int
     scheduler: str | None = None
     quant: str | None = None
-    cache: DeepCache | None = None
+    cache: DeepCache | CacheQuant | None = None
     steps: str | None = None
     relax: tuple[float, ...] = (0.5,)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether it needs a calibration."""
+        return self.quant is not None or isinstance(self.cache, CacheQuant)
 
 
 @dataclass(frozen=True)
@@ -61,16 +66,16 @@ class Outcome:
 def prepared(pipe: Any, arm: Arm, calibration: Calibration | None = None) -> Iterator[Any]:
     """A pipeline as the arm wants it, with the weights of `pipe`; afterwards these are what they were.
 
-    Raises ValueError for an arm with a quantized denoiser without its calibration.
+    Raises ValueError for an arm that needs a calibration without one.
     """
     pipe = rescheduled(pipe, arm)
     try:
-        if arm.quant is not None:
-            if calibration is None:
-                raise ValueError(f"{arm.name!r} has a quantized denoiser, so it needs a calibration")
+        if arm.calibrated and calibration is None:
+            raise ValueError(f"{arm.name!r} is quantized, or cached by CacheQuant, so it needs a calibration")
+        if arm.quant is not None and calibration is not None:
             quantize(pipe, calibration)
         if arm.cache is not None:
-            cache(pipe, arm.cache)
+            cache(pipe, arm.cache, calibration if isinstance(arm.cache, CacheQuant) else None)
         if arm.steps is not None:
             enable(pipe, steps=arm.steps, relax=arm.relax)
         yield pipe

@@ -1,4 +1,4 @@
-"""The calibrations of arms with a quantized denoiser: bundled with the model, or made here on a few samples."""
+"""The calibrations of arms that need one: bundled with the model, or made here on a few samples."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from iec.artifact.calibration import Calibration
 from iec.bench.arms import Arm, rescheduled
+from iec.caches import CacheQuant
 from iec.calibration.calibrate import calibrate
 from iec.pipeline.models import calibrations
 from iec.quant.config import QuantConfig
@@ -16,9 +17,13 @@ SAMPLES = 16  # where none is bundled
 
 
 def calibration_name(arm: Arm) -> str:
-    """What an arm needs: field, steps, and the scheduler if it is not the model's own ("w8a8-60-euler")."""
+    """What an arm needs: field, steps, the scheduler if it is not the model's own, and the interval of a CacheQuant.
+
+    "w8a8-60-euler", "w8a8-50-cachequant5".
+    """
     kind = "" if arm.scheduler is None else f"-{arm.scheduler.removesuffix('DiscreteScheduler').lower()}"
-    return f"{arm.quant}-{arm.num_inference_steps}{kind}"
+    cache = f"-cachequant{arm.cache.interval}" if isinstance(arm.cache, CacheQuant) else ""
+    return f"{arm.quant or 'float'}-{arm.num_inference_steps}{kind}{cache}"
 
 
 class Calibrations:
@@ -35,8 +40,8 @@ class Calibrations:
         self.made: dict[str, Calibration] = {}
 
     def of(self, arm: Arm) -> Calibration | None:
-        """The calibration for `arm`; None if it has no quantized denoiser."""
-        if arm.quant is None:
+        """The calibration for `arm`; None if it needs none."""
+        if not arm.calibrated:
             return None
         name = calibration_name(arm)
         if name not in self.made:
@@ -44,11 +49,11 @@ class Calibrations:
         return self.made[name]
 
     def _make(self, arm: Arm) -> Calibration:
-        assert arm.quant is not None
         self.making(arm)
         return calibrate(
             rescheduled(self.pipe, arm),
-            FIELDS[arm.quant],
+            None if arm.quant is None else FIELDS[arm.quant],
+            arm.cache if isinstance(arm.cache, CacheQuant) else None,
             num_inference_steps=arm.num_inference_steps,
             num_samples=SAMPLES,
             batch_size=self.batch_size,

@@ -11,14 +11,14 @@ from iec.artifact.files import replacing, write_json, write_text
 from iec.bench.arms import Arm, Outcome, run_arm
 from iec.bench.calibrations import Calibrations
 from iec.bench.page import comparison_grid, page
-from iec.caches import DeepCache
+from iec.caches import CacheQuant, DeepCache
 from iec.evaluate.features import feature_networks
 from iec.evaluate.reference import domain_metrics
 from iec.pipeline.models import load
 
 T = 50
 ENOUGH_FOR_FID = 1000  # real images of that number lie 0.9 ± 0.3 from the training set; of 64, 12.5 ± 5.6
-CACHE = DeepCache(interval=5)
+CACHE, PLANNED = DeepCache(interval=5), CacheQuant(interval=5)
 FINE = Arm("fine: DPM-Solver++(2M), 200 steps", "reference", 200, scheduler="DPMSolverMultistepScheduler")
 # diffusers' DDIM steps back by 1000 // T, which is wrong unless T divides 1000 (60 steps come out 9 dB worse than 50). Its
 # Euler takes the same step, that of the probability-flow ODE, for any T: at T = 50 the two agree to 71 dB.
@@ -38,6 +38,9 @@ ARMS = (
     Arm(f"DeepCache 1:5, {T} steps + IEC refresh&ends:1/10", "corrected", T, cache=CACHE, steps="refresh & ends:1/10"),
     Arm(f"DeepCache 1:5, {T} steps + IEC refresh", "corrected", T, cache=CACHE, steps="refresh"),
     Arm("DeepCache 1:5, 60 steps (Euler)", "control", 60, scheduler=EULER, cache=CACHE),
+    Arm(f"CacheQuant 1:5, W8A8, {T} steps", "plain", T, quant="w8a8", cache=PLANNED),
+    Arm(f"CacheQuant 1:5, W8A8, {T} steps + IEC refresh", "corrected", T, quant="w8a8", cache=PLANNED, steps="refresh"),
+    Arm("CacheQuant 1:5, W8A8, 60 steps (Euler)", "control", 60, scheduler=EULER, quant="w8a8", cache=PLANNED),
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from iec.bench.arms import Outcome
 
@@ -12,9 +13,10 @@ SAME = 0.1  # dB; below that two PSNRs are called equal
 def reading(outcomes: Sequence[Outcome]) -> list[str]:
     """What the numbers say of every quantized and every corrected arm, in their order.
 
-    A quantized arm is compared with the same arm in full precision: speed, weights, distance. A corrected arm is compared
-    with the same arm without correction, and with the control of as many evaluations: the one of the same cache and
-    quantization that has the fewest evaluations not below the arm's own, else that in full precision.
+    A quantized arm is compared with the same arm in full precision (without its cache, if there is none with it): speed,
+    weights, distance. A corrected arm is compared with the same arm without correction, and with the control of as many
+    evaluations: the one of the same cache and quantization that has the fewest evaluations not below the arm's own, else
+    that in full precision.
     """
     lines = []
     for outcome in outcomes:
@@ -22,7 +24,7 @@ def reading(outcomes: Sequence[Outcome]) -> list[str]:
         if outcome.psnr is None:
             continue
         if arm.kind == "plain" and arm.quant is not None:
-            lines += [_beside(outcome, whole) for whole in _plain(outcomes, outcome, quant=None)]
+            lines += [_beside(outcome, whole) for whole in _in_full(outcomes, outcome)]
         if arm.kind != "corrected":
             continue
         parts = [
@@ -41,6 +43,12 @@ def _plain(outcomes: Sequence[Outcome], outcome: Outcome, quant: str | None) -> 
     arm = outcome.arm
     found = [o for o in outcomes if o.arm.kind == "plain" and o.arm.cache == arm.cache and o.arm.quant == quant]
     return [o for o in found if o.arm.num_inference_steps == arm.num_inference_steps and o.psnr is not None][:1]
+
+
+def _in_full(outcomes: Sequence[Outcome], outcome: Outcome) -> list[Outcome]:
+    """The outcome (none or one) of the arm in full precision, with its cache or without one."""
+    bare = replace(outcome, arm=replace(outcome.arm, cache=None))
+    return _plain(outcomes, outcome, quant=None) or _plain(outcomes, bare, quant=None)
 
 
 def _control(outcomes: Sequence[Outcome], outcome: Outcome) -> Outcome | None:

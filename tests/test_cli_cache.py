@@ -12,6 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 import iec as package
+import quantized
 from iec.artifact.calibration import Calibration
 from iec.cli.app import app
 from iec.evaluate.images import save_grid
@@ -259,3 +260,4 @@ def test_an_interrupted_calibration_of_a_cache_goes_on(
     whole, made = Calibration.load(both), Calibration.load("c")
     assert whole.cache is not None and made.cache is not None and made.cache.refresh == whole.cache.refresh
     assert torch.equal(made.cache.gain, whole.cache.gain) and torch.equal(made.cache.offset, whole.cache.offset)
+    assert quantized.same(made.quant, whole.quant)

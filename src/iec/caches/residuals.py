@@ -48,11 +48,13 @@ class Residuals:
         given = {name: value for name, value in (*zip(self.names, args, strict=False), *kwargs.items())}
         skips, mid, blocks = (given.get(name) for name in (SKIPS, MID, BLOCKS))
         legacy = blocks is None and mid is None and skips is not None  # an adapter, under the older name
-        now.guarded = any(getattr(self.block, name, None) for name in FREEU) or (
-            self.mid and (blocks is not None or legacy)
-        )
+        freeu = any(getattr(self.block, name, None) for name in FREEU)
+        now.guarded = freeu or (self.mid and (blocks is not None or legacy))
         if now.placeholder is None:
             return None
+        if freeu:  # takes the Fourier transform of every skip tensor, which one without channels has not
+            count, _, *space = now.placeholder.shape
+            now.placeholder = now.placeholder.new_zeros((count, 1, *space))
         changed: dict[str, Any] = {}
         if legacy:
             changed[SKIPS] = self._blocks(skips, now.placeholder)

@@ -32,7 +32,7 @@ DOWN = (
 )
 UP = ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D", "CrossAttnUpBlock2D", "SimpleCrossAttnUpBlock2D")
 # Attentions that answer with a tuple: they are called with return_dict=False, and the block takes its first entry.
-TUPLES = ("Transformer2DModel", "DualTransformer2DModel")
+TUPLES = ("Transformer2DModel",)
 
 
 class _Layer(NamedTuple):

@@ -23,6 +23,8 @@ from tiny import CASES, run
 
 DDIM, SD = CASES["ddim"], CASES["sd"]
 SETTINGS: dict[str, Any] = {"num_inference_steps": 3, "num_samples": 6, "batch_size": 2, "seed": 5}
+ONCE = iec.QuantConfig(output_correction="none", **QUICK)  # goes through the samples once, for the activations
+TWICE = iec.QuantConfig(**QUICK)  # and a second time, for the outputs
 
 
 @pytest.fixture
@@ -34,9 +36,9 @@ class Stop(Exception):
     """Ends a calibration."""
 
 
-def stopping(after: int) -> Any:
-    def progress(_: str, done: int, total: int) -> None:
-        if done >= after:
+def stopping(after: int, at: str = "samples") -> Any:
+    def progress(what: str, done: int, total: int) -> None:
+        if what == at and done >= after:
             raise Stop
 
     return progress
@@ -47,26 +49,19 @@ def test_nothing_is_left_and_nothing_is_changed(name: str) -> None:
     case = CASES[name]
     pipe = case.build()
     plain, before = run(case, pipe).image, quantized.state(pipe)
-    made = iec.calibrate(
-        pipe, iec.QuantConfig(**QUICK), num_inference_steps=4, num_samples=2, batch_size=2, **arguments(case)
-    )
+    settings = {"num_inference_steps": 4, "num_samples": 2, "batch_size": 2, **arguments(case)}
+    made = iec.calibrate(pipe, TWICE, **settings)
     assert quantized.state(pipe) == before and made.quant is not None
     assert torch.equal(run(case, pipe).image, plain)
-    with pytest.raises(Stop):
-        iec.calibrate(
-            pipe,
-            iec.QuantConfig(**QUICK),
-            num_inference_steps=4,
-            num_samples=2,
-            batch_size=2,
-            progress=stopping(1),
-            **arguments(case),
-        )
-    assert quantized.state(pipe) == before and torch.equal(run(case, pipe).image, plain)
+    for what in ("samples", "outputs"):
+        with pytest.raises(Stop):
+            iec.calibrate(pipe, TWICE, progress=stopping(1, what), **settings)
+        assert quantized.state(pipe) == before
+    assert torch.equal(run(case, pipe).image, plain)
 
 
 def test_the_trajectory_is_that_of_full_precision(pipe: Any) -> None:
-    """The denoiser is called with, and answers, what it does in a plain run of the same seeds."""
+    """In each passage the denoiser is called with, and answers, what it does in a plain run of the same seeds."""
     from iec.pipeline.batches import batches
 
     seen: list[list[Tensor]] = []
@@ -74,20 +69,21 @@ def test_the_trajectory_is_that_of_full_precision(pipe: Any) -> None:
         seen.append([])
         handle = pipe.unet.register_forward_hook(lambda _, args, out: seen[-1].extend((args[0], out[0])))
         if calibrate:
-            iec.calibrate(pipe, **SETTINGS)
+            iec.calibrate(pipe, TWICE, **SETTINGS)
         else:
             for call in batches(pipe, range(5, 11), 3, 2, "latent"):
                 pipe(**call.arguments)
         handle.remove()
-    assert len(seen[0]) == len(seen[1]) == 2 * 3 * 3
-    assert all(torch.equal(one, two) for one, two in zip(*seen, strict=True))
+    assert len(seen[0]) == 2 * 3 * 3 and len(seen[1]) == 2 * len(seen[0])
+    assert all(torch.equal(one, two) for one, two in zip(seen[0] * 2, seen[1], strict=True))
 
 
 def test_scales_are_running_means_of_what_was_seen(pipe: Any) -> None:
     """In the first layer, whose input no rounding has touched: batch by batch, moved by 1 − momentum."""
     inputs: list[Tensor] = []
     handle = pipe.unet.register_forward_pre_hook(lambda _, args: inputs.append(args[0].clone()))
-    made = iec.calibrate(pipe, iec.QuantConfig(momentum=0.75), **SETTINGS)
+    config = iec.QuantConfig(momentum=0.75, layers="conv_in", products=False, output_correction="none")
+    made = iec.calibrate(pipe, config, **SETTINGS)
     handle.remove()
     assert made.quant is not None and len(inputs) == 9
     table = made.quant.layers["unet.conv_in"].parts[0].act
@@ -102,9 +98,9 @@ def test_scales_are_running_means_of_what_was_seen(pipe: Any) -> None:
 
 def test_what_a_calibration_tells_of_itself(pipe: Any) -> None:
     told: list[tuple[str, int, int]] = []
-    settings = {**SETTINGS, "num_samples": 5}
-    made = iec.calibrate(pipe, iec.QuantConfig(weight_bits=4), progress=lambda *a: told.append(a), eta=0.0, **settings)
-    assert told == [("samples", 2, 5), ("samples", 4, 5), ("samples", 5, 5)]
+    settings, config = {**SETTINGS, "num_samples": 5}, iec.QuantConfig(weight_bits=4, **QUICK)
+    made = iec.calibrate(pipe, config, progress=lambda *a: told.append(a), eta=0.0, **settings)
+    assert told == [(what, done, 5) for what in ("samples", "outputs") for done in (2, 4, 5)]
     origin, quant = made.origin, made.quant
     assert (origin.pipeline, origin.denoisers, origin.scheduler) == (
         "DDIMPipeline",
@@ -113,19 +109,23 @@ def test_what_a_calibration_tells_of_itself(pipe: Any) -> None:
     )
     assert (origin.num_steps, origin.timesteps) == (3, (666.0, 333.0, 0.0))
     assert (origin.num_samples, origin.seed, origin.settings) == (5, 5, {"batch_size": 2, "eta": 0.0})
-    assert quant is not None and iec.QuantConfig.from_dict(quant.config) == iec.QuantConfig(weight_bits=4)
+    assert quant is not None and iec.QuantConfig.from_dict(quant.config) == config
     for name, layer in quant.layers.items():
         for part in layer.parts:
             edge = name in ("unet.conv_in", "unet.conv_out")
             assert part.weight.bits == (8 if edge else 4) and part.act.bits == 8
             assert part.act.scale.shape == part.act.zero.shape == (3,) and bool((part.act.scale > 0).all())
             assert part.weight.codes.dtype == torch.uint8 and int(part.weight.codes.max()) < 2**part.weight.bits
+            assert (part.gain is not None) == (name == "unet.conv_out")
+    last = quant.layers["unet.conv_out"]
+    assert last.bias is not None and last.parts[0].gain is not None
+    assert last.bias.shape == last.parts[0].gain.shape == (3, 3) and last.bias.dtype == torch.float32
 
 
 def test_the_same_again(pipe: Any) -> None:
-    one, two = (iec.calibrate(pipe, **SETTINGS) for _ in range(2))
+    one, two = (iec.calibrate(pipe, TWICE, **SETTINGS) for _ in range(2))
     assert same(one.quant, two.quant) and one.origin == two.origin
-    other = iec.calibrate(pipe, **{**SETTINGS, "seed": 6})
+    other = iec.calibrate(pipe, TWICE, **{**SETTINGS, "seed": 6})
     assert not same(one.quant, other.quant)
 
 
@@ -134,7 +134,7 @@ def test_schedules_longer_than_asked_for() -> None:
     from iec.evaluate.sampling import sample, with_scheduler
 
     pipe = with_scheduler(DDIM.build(), "HeunDiscreteScheduler")
-    made = iec.calibrate(pipe, iec.QuantConfig(**QUICK), num_inference_steps=4, num_samples=2)
+    made = iec.calibrate(pipe, TWICE, num_inference_steps=4, num_samples=2)
     assert made.origin.num_steps == len(made.origin.timesteps) == 7
     plain = sample(pipe, range(2), 4).float()
     with iec.quantize(pipe, made, kernel="reference"):
@@ -144,10 +144,13 @@ def test_schedules_longer_than_asked_for() -> None:
 def test_layers_that_never_run_are_skipped(pipe: Any) -> None:
     pipe = DDIM.build(fresh=True)
     pipe.unet.unused = nn.Linear(3, 3)
-    made = iec.calibrate(pipe, iec.QuantConfig(**QUICK), **SETTINGS)
+    made = iec.calibrate(pipe, TWICE, **{**SETTINGS, "num_samples": 2})
     assert made.quant is not None and "unet.unused" not in made.quant.layers
     assert made.quant.skipped["unet.unused"] == "never ran during the calibration"
-    chosen = iec.calibrate(pipe, iec.QuantConfig(layers="*.conv1", products=False, **QUICK), **SETTINGS)
+    told: list[str] = []
+    config = iec.QuantConfig(layers="*.conv1", products=False, **QUICK)
+    chosen = iec.calibrate(pipe, config, progress=lambda what, *_: told.append(what), **{**SETTINGS, "num_samples": 2})
+    assert told == ["samples"]  # the last layer is not quantized, so there is no output to correct
     assert chosen.quant is not None and all(name.endswith(".conv1") for name in chosen.quant.layers)
     assert not chosen.quant.products and chosen.quant.skipped["unet.conv_in"] == "excluded by the filter"
 
@@ -186,7 +189,7 @@ def test_only_the_plain_pipeline_is_calibrated(pipe: Any) -> None:
 
 def test_one_prompt_for_all_or_one_for_each() -> None:
     pipe = SD.build()
-    settings = {**SETTINGS, "num_samples": 3, "height": 16, "width": 16, "quant": iec.QuantConfig(**QUICK)}
+    settings = {**SETTINGS, "num_samples": 3, "height": 16, "width": 16, "quant": TWICE}
     one = iec.calibrate(pipe, prompt="a cat", **settings)
     three = iec.calibrate(pipe, prompt=["a cat"] * 3, **settings)
     assert same(one.quant, three.quant) and one.origin.settings["prompt"] == "a cat"
@@ -197,38 +200,37 @@ def test_one_prompt_for_all_or_one_for_each() -> None:
 # --- stopped and resumed ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("after", [1, 4])
-def test_resumed_is_uninterrupted(pipe: Any, after: int, tmp_path: Path) -> None:
-    whole = iec.calibrate(pipe, **SETTINGS)
+@pytest.fixture(scope="module")
+def whole() -> Any:
+    """A calibration that nothing interrupted."""
+    return iec.calibrate(DDIM.build(), TWICE, **SETTINGS)
+
+
+@pytest.mark.parametrize("stopped", [("samples", 2), ("samples", 6), ("outputs", 4), ("outputs", 6)])
+def test_resumed_is_uninterrupted(pipe: Any, whole: Any, stopped: tuple[str, int], tmp_path: Path) -> None:
+    """Also after the last batch, but before the calibration was saved: then nothing is left to sample."""
     file = tmp_path / "checkpoint.safetensors"
     with pytest.raises(Stop):
-        iec.calibrate(pipe, checkpoint_path=file, progress=stopping(after), **SETTINGS)
+        iec.calibrate(pipe, TWICE, checkpoint_path=file, progress=stopping(stopped[1], stopped[0]), **SETTINGS)
     assert file.is_file()
-    told: list[int] = []
+    told: list[tuple[str, int]] = []
     evaluated: list[None] = []
     handle = pipe.unet.register_forward_hook(lambda *_: evaluated.append(None))
-    resumed = iec.calibrate(pipe, checkpoint_path=file, progress=lambda _, done, __: told.append(done), **SETTINGS)
+    resumed = iec.calibrate(
+        pipe, TWICE, checkpoint_path=file, progress=lambda what, done, _: told.append((what, done)), **SETTINGS
+    )
     handle.remove()
-    left = 2 if after == 1 else 1
-    assert len(evaluated) == 3 * left and told == [4, 6][-left:]
+    batches = [(what, done) for what in ("samples", "outputs") for done in (2, 4, 6)]
+    left = batches[batches.index(stopped) + 1 :]
+    assert told == left and len(evaluated) == 3 * len(left)
     assert same(resumed.quant, whole.quant) and resumed.origin == whole.origin
     assert file.exists()  # until the caller has saved the calibration
-
-
-def test_stopped_after_the_last_batch(pipe: Any, tmp_path: Path) -> None:
-    """Before the calibration was saved: nothing is left to sample, the result is the same."""
-    whole = iec.calibrate(pipe, **SETTINGS)
-    file = tmp_path / "checkpoint.safetensors"
-    with pytest.raises(Stop):
-        iec.calibrate(pipe, checkpoint_path=file, progress=stopping(6), **SETTINGS)
-    resumed = iec.calibrate(pipe, checkpoint_path=file, **SETTINGS)
-    assert same(resumed.quant, whole.quant) and resumed.origin == whole.origin
 
 
 def test_a_checkpoint_of_something_else_is_refused(pipe: Any, tmp_path: Path) -> None:
     file = tmp_path / "checkpoint.safetensors"
     with pytest.raises(Stop):
-        iec.calibrate(pipe, checkpoint_path=file, progress=stopping(2), **SETTINGS)
+        iec.calibrate(pipe, TWICE, checkpoint_path=file, progress=stopping(2), **SETTINGS)
     before = quantized.state(pipe)
     for changes in (
         {"seed": 6},
@@ -236,14 +238,15 @@ def test_a_checkpoint_of_something_else_is_refused(pipe: Any, tmp_path: Path) ->
         {"num_samples": 8},
         {"batch_size": 3},
         {"eta": 1.0},
-        {"quant": iec.QuantConfig(act_bits=6)},
+        {"quant": iec.QuantConfig(act_bits=6, **QUICK)},
+        {"quant": ONCE},
     ):
         with pytest.raises(ValueError, match="belongs to another run"):
-            iec.calibrate(pipe, checkpoint_path=file, **{**SETTINGS, **changes})
+            iec.calibrate(pipe, checkpoint_path=file, **{**SETTINGS, "quant": TWICE, **changes})
         assert file.is_file() and quantized.state(pipe) == before
     file.write_bytes(file.read_bytes()[:-20])
     with pytest.raises(ValueError, match="truncated or damaged checkpoint"):
-        iec.calibrate(pipe, checkpoint_path=file, **SETTINGS)
+        iec.calibrate(pipe, TWICE, checkpoint_path=file, **SETTINGS)
 
 
 VICTIM = """
@@ -255,57 +258,62 @@ import iec
 from tiny import CASES
 
 def progress(what, done, total):
-    print(done, flush=True)
-    if done >= 4:
+    print(what, done, flush=True)
+    if (what, done) == ("outputs", 4):
         time.sleep(600)
 
-iec.calibrate(CASES["ddim"].build(), checkpoint_path={file!r}, progress=progress, **{settings!r})
+config = iec.QuantConfig(**{quick!r})
+iec.calibrate(CASES["ddim"].build(), config, checkpoint_path={file!r}, progress=progress, **{settings!r})
 """
 
 
-def test_kill_nine_loses_nothing_but_the_batch_under_way(pipe: Any, tmp_path: Path) -> None:
+def test_kill_nine_loses_nothing_but_the_batch_under_way(pipe: Any, whole: Any, tmp_path: Path) -> None:
     """The models of `tiny` are the same in every process, so the checkpoint of one that was killed fits here."""
     file = tmp_path / "checkpoint.safetensors"
-    code = VICTIM.format(tests=str(Path(__file__).parent), file=str(file), settings=SETTINGS)
+    code = VICTIM.format(tests=str(Path(__file__).parent), file=str(file), settings=SETTINGS, quick=QUICK)
     victim = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert victim.stdout is not None
-    assert [victim.stdout.readline().strip() for _ in range(2)] == ["2", "4"]
+    told = [victim.stdout.readline().strip() for _ in range(5)]
+    assert told == ["samples 2", "samples 4", "samples 6", "outputs 2", "outputs 4"]
     os.kill(victim.pid, signal.SIGKILL)
     assert victim.wait(timeout=30) == -signal.SIGKILL
     victim.stdout.close()
-    told: list[int] = []
-    resumed = iec.calibrate(pipe, checkpoint_path=file, progress=lambda _, done, __: told.append(done), **SETTINGS)
-    assert told == [6]
-    assert same(resumed.quant, iec.calibrate(pipe, **SETTINGS).quant)
+    left: list[tuple[str, int]] = []
+    resumed = iec.calibrate(
+        pipe, TWICE, checkpoint_path=file, progress=lambda what, done, _: left.append((what, done)), **SETTINGS
+    )
+    assert left == [("outputs", 6)]
+    assert same(resumed.quant, whole.quant)
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
 def test_memory_does_not_grow_with_samples(pipe: Any) -> None:
-    """Between two batches, nothing lives that did not live after the first one."""
-    kept: list[tuple[int, int]] = []
+    """Between two batches of a passage, nothing lives that did not live after the first one."""
+    kept: dict[str, list[tuple[int, int]]] = {}
 
-    def progress(*_: object) -> None:
+    def progress(what: str, *_: object) -> None:
         gc.collect()
         tensors = [held for held in gc.get_objects() if issubclass(type(held), Tensor)]
-        kept.append((len(tensors), sum(tensor.numel() for tensor in tensors)))
+        kept.setdefault(what, []).append((len(tensors), sum(tensor.numel() for tensor in tensors)))
 
-    iec.calibrate(pipe, **{**SETTINGS, "num_samples": 10}, progress=progress)
-    assert len(kept) == 5 and kept[1:] == kept[:1] * 4
+    iec.calibrate(pipe, TWICE, progress=progress, **SETTINGS)
+    assert list(kept) == ["samples", "outputs"]
+    assert all(len(found) == 3 and found[1:] == found[:1] * 2 for found in kept.values())
 
 
 def test_memory_grows_with_steps_by_a_few_numbers_a_layer(pipe: Any, tmp_path: Path) -> None:
     sizes = []
     for steps in (2, 12):
         file = tmp_path / f"{steps}"
+        settings = {**SETTINGS, "num_inference_steps": steps, "num_samples": 2}
         with pytest.raises(Stop):
-            iec.calibrate(
-                pipe, checkpoint_path=file, progress=stopping(1), **{**SETTINGS, "num_inference_steps": steps}
-            )
+            iec.calibrate(pipe, TWICE, checkpoint_path=file, progress=stopping(1, "outputs"), **settings)
         sizes.append(file.stat().st_size)
     tables = 51 + 5 + 4 * 4  # layers, second halves of split ones, products: about
-    assert sizes[1] - sizes[0] < 10 * tables * 4 * 4
+    moments = 3 * 5 * 8  # of the outputs' three channels
+    assert sizes[1] - sizes[0] < 10 * (tables * 4 * 4 + moments)
 
 
 def test_large_activations_are_searched_in_bounded_time() -> None:

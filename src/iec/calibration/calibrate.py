@@ -125,7 +125,7 @@ def _quantized(
         quant = reconstructed(models, quant, tuples, reconstruct, corrected, finished, after)
     elif tables is not None and reuse is not None and CacheQuant.from_dict(tables.config).compensates_quant:
         quant = sampling.passed(Consumers(held, quant, tables.component, reuse)).result(quant)
-    if config.output_correction != "none":
+    if config.output_correction != "none" and last:
         affine = config.output_correction == "affine"
         quant = sampling.passed(Outputs(held, quant, last, num_steps, tables, affine)).result(quant)
     return quant

@@ -303,7 +303,9 @@ def test_weights_of_eight_bits_come_closer(pipe: Any) -> None:
     plain = run(DDIM, pipe).image
     errors = []
     for bits in (8, 6, 4, 2):
-        with iec.quantize(pipe, calibration("ddim", weight_bits=bits), kernel="reference"):
+        # at 8 and 6 bits it is the activations that err most, and correcting the output hides what the weights do
+        made = calibration("ddim", weight_bits=bits, output_correction="none")
+        with iec.quantize(pipe, made, kernel="reference"):
             errors.append(deviation(run(DDIM, pipe).image, plain))
     assert errors == sorted(errors)
 

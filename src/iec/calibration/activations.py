@@ -48,9 +48,13 @@ class Reuse:
     def _keep(self, number: int, feature: Feature) -> None:
         self._features[number] = feature
 
+    def feature(self, call: Call) -> Feature:
+        """What is reused at a reuse step."""
+        return self._compensate(call.step, self._features[call.number])
+
     def shallow(self, call: Call) -> Any:
         """Make the evaluation of a reuse step."""
-        self.cut.reuse(self._compensate(call.step, self._features[call.number]))
+        self.cut.reuse(self.feature(call))
         return self.cut.evaluate(call.forward, call.args, call.kwargs)
 
 
@@ -80,7 +84,8 @@ class Activations(Passage):
         """Keep tuples for reconstruction from now on."""
         for name, model in self.models.items():
             steps = len(next(iter(self.observers[name].searches().values())).scale)
-            self.captures[name] = Capture(model, num_samples, steps, options.num_tuples, options.seed)
+            reused = () if self.reuse is None else [step for step in range(steps) if step in self.reuse]
+            self.captures[name] = Capture(model, num_samples, steps, options.num_tuples, options.seed, reused)
 
     def install(self) -> None:
         """Stand in for the forwards of the layers and of the denoisers."""
@@ -100,9 +105,11 @@ class Activations(Passage):
 
     def evaluate(self, name: str, call: Call) -> Any:
         """Observe the evaluation, then make it in full precision."""
-        if name in self.captures:
-            self.captures[name].take(call.step, *self.samples, call.args, call.kwargs)
         observers, reuse = self.observers[name], self.reuse
+        if name in self.captures:
+            feature = reuse.feature(call) if reuse is not None and call.step in reuse else None
+            assert feature is None or isinstance(feature, torch.Tensor)  # a UNet's
+            self.captures[name].take(call.step, *self.samples, call.args, call.kwargs, feature)
         if reuse is not None and call.step in reuse:
             with observers.learning(call.step) as seen:
                 reuse.shallow(call)

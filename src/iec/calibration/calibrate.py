@@ -56,8 +56,9 @@ def calibrate(
         quant: what to quantize and how; the default is W8A8, or nothing where `cache` is given.
         cache: the feature cache to plan, and to compensate; the quantizers then are those of a model with this cache.
         reconstruct: learn the rounding of low-bit weights, by these options; None rounds to nearest. Keeps some inputs of the
-            denoisers while sampling, and afterwards a second copy of each denoiser, one at a time. Where the cached feature is
-            taken it replaces the compensation of rounding (METHOD 4.4).
+            denoisers while sampling, and afterwards a second copy of each denoiser, one at a time. Under a cache the layers
+            learn in the passes of a run, whole and reused; where the cached feature is taken this replaces the compensation
+            of rounding (METHOD 4.4).
         checkpoint_path: where to keep what was learnt after each batch and each reconstructed unit; a call that finds such a
             file of the same calibration goes on from it, with the result of an uninterrupted one. It is left there: delete it
             when the calibration is saved.
@@ -122,7 +123,8 @@ def _quantized(
         sampling.journal.restore(finished)
         corrected = last if config.bias_correction != "none" else {}
         after = functools.partial(sampling.told, finished)
-        quant = reconstructed(models, quant, tuples, reconstruct, corrected, finished, after)
+        under = None if tables is None else CacheQuant.from_dict(tables.config)
+        quant = reconstructed(models, quant, tuples, reconstruct, corrected, finished, after, under)
     elif tables is not None and reuse is not None and CacheQuant.from_dict(tables.config).compensates_quant:
         quant = sampling.passed(Consumers(held, quant, tables.component, reuse)).result(quant)
     if config.output_correction != "none" and last:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
 from iec.artifact.calibration import LayerPart, Quantization, QuantizedLayer, StepTable, WeightCodes
+from iec.caches.cachequant import CacheQuant
+from iec.caches.cut import Cut, Pass
 from iec.calibration.journal import within
 from iec.calibration.tuples import Tuples
 from iec.quant.reconstruct import Outcome, Reconstruction, reconstruct
@@ -47,6 +50,21 @@ class Finished:
         return {outcome.unit: outcome.layers for name, outcome in self.outcomes if name == component}
 
 
+class ReusePasses:
+    """The reuse passes of the copy of a denoiser that is reconstructed (`iec.quant.data.Shallow`); its cut stays on it."""
+
+    def __init__(self, model: nn.Module, cache: CacheQuant) -> None:
+        self.model, self.cut = model, Cut(model, cache.locate(model))
+        modules = {module for module, _ in self.cut.site.stand_ins(Pass())}
+        self.skipped = tuple(name for name, module in model.named_modules() if module in modules)
+        self.cut.install()
+
+    def evaluate(self, arguments: dict[str, Any], feature: Tensor) -> Any:
+        """Evaluate the model on `feature`, which is compensated."""
+        self.cut.reuse(feature)
+        return self.cut.evaluate(self.model.forward, (), arguments)
+
+
 def reconstructed(
     models: dict[str, nn.Module],
     quant: Quantization,
@@ -55,11 +73,14 @@ def reconstructed(
     outputs: dict[str, str],
     finished: Finished,
     after: Callable[[int, int], None],
+    cache: CacheQuant | None = None,
 ) -> Quantization:
     """`quant` with reconstructed layers; `after(done, units)` is called after each unit, whose outcome `finished` then holds.
 
-    `outputs`: of denoisers whose mean output is to be corrected, the last layer ("conv_out").
+    `outputs`: of denoisers whose mean output is to be corrected, the last layer ("conv_out"). `cache`: where the denoiser, the
+    only one then, is cut; the tuples know what is reused.
     """
+    shallow = None if cache is None else functools.partial(ReusePasses, cache=cache)
     units = 0
     for component, model in models.items():
         prefix = f"{component}."
@@ -79,6 +100,7 @@ def reconstructed(
             outputs.get(component),
             finished.of(component),
             count,
+            shallow,
         )
         for outcome in outcomes:
             finished.outcomes.append((component, outcome))

@@ -2,6 +2,8 @@
 
 Part by part, in the order of the forward pass: the part gets what the quantized parts before it give, and its output is to
 be that of the model in full precision (METHOD 5.1; AdaRound, Nagel et al. 2020; BRECQ, Li et al. 2021; QDrop, Wei et al. 2022).
+Under a cache what it gets is what it gets in a run, and its output is to be that of whole passes: parts behind the cached
+feature learn to make up for its age too.
 """
 
 from __future__ import annotations
@@ -12,12 +14,13 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from iec.artifact.calibration import Product, QuantizedLayer
+from iec.quant.data import Data, Shallow
 from iec.quant.rounding import SimulatedLayer, cosine, temperature, undecided
 from iec.quant.simulate import Record, Simulation
 
@@ -42,7 +45,8 @@ class Reconstruction:
             the unit's squared error E and that of rounding to nearest E₀, so that one weight suits all units (BRECQ's 0.01 on
             sums comes to some 300 … 4000 on the bundled model). None is 500 for blocks and 0 for layers (released).
         warm_up: share of the iterations without the regulariser.
-        input_prob: share of quantized inputs in a batch; the others are inputs of the full-precision model.
+        input_prob: share of quantized inputs in a batch; the others are inputs of the full-precision model. From what takes a
+            cached feature on, all are quantized.
         drop: probability with which an activation stays unquantized while learning (QDrop).
         all_bits: reconstruct layers of 8 bits as well.
         capture_batch: tuples evaluated at once when inputs and targets are recorded.
@@ -99,19 +103,9 @@ class Reconstruction:
         return {**asdict(self), "region": list(self.region)}
 
 
-class Data(Protocol):
-    """Calibration tuples: what the denoiser was called with, row by row."""
-
-    steps: Tensor  # int64 (N,)
-
-    def batch(self, places: Tensor, device: torch.device) -> dict[str, Any]:
-        """The keyword arguments of a call of the denoiser with the tuples at `places`, in float32."""
-        ...
-
-
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one unit: the mean squared errors of its output over all tuples, and its layers, learned or not."""
+    """What became of one unit: the mean squared errors of its output over its tuples, and its layers, learned or not."""
 
     unit: str
     nearest: float
@@ -142,6 +136,7 @@ def reconstruct(
     output: str | None = None,
     finished: dict[str, dict[str, QuantizedLayer]] | None = None,
     started: Callable[[list[str]], None] | None = None,
+    shallow: Callable[[nn.Module], Shallow] | None = None,
 ) -> Iterator[Outcome]:
     """Reconstruct `model` unit by unit; yields the outcome of each. The model itself is left alone.
 
@@ -154,16 +149,25 @@ def reconstruct(
             other errors does not average out along a trajectory. None: no layer's.
         finished: units done before, with their layers: they are put in place and not yielded.
         started: called once with the names of all units, in order.
+        shallow: what makes the reuse passes of the copy under a cache; None without. Parts that these skip learn from the
+            tuples at refresh steps alone, the others from all.
 
     The result of a unit depends on `options.seed`, its place and the units before it, not on where the run was resumed.
     Memory: the copy, and inputs and outputs of one unit for all tuples.
+
+    Raises ValueError where there are no tuples to learn from.
     """
     if not len(data.steps):
         raise ValueError("no tuples to reconstruct from; calibrate with num_tuples of at least 1")
     work = copy.deepcopy(model).eval().requires_grad_(False).float().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    simulation = Simulation(work, layers, products)
+    simulation = Simulation(work, layers, products, shallow)
     wanted = [name for name in layers if options.all_bits or _bits(layers[name]) < 8]
     units = simulation.units(options.unit, wanted, data, output)
+    if bool(data.reused.all()) and any(simulation.sides[unit] == "inside" for unit in units):
+        raise ValueError(
+            f"none of the {len(data.steps)} tuples is at a refresh step of the cache, so the part that reuse steps skip has "
+            "nothing to learn from; calibrate with more num_tuples"
+        )
     names = list(units) if output not in simulation.factors or not units else [*units, f"{output} (mean)"]
     if started is not None:
         started(names)
@@ -243,7 +247,7 @@ def _learn(
                 group["lr"] = rate * cosine(progress)
             places = torch.randperm(count, generator=generator)[:size]
             exact = None
-            if options.input_prob < 1.0:
+            if record.exact:
                 exact = torch.rand(size, generator=generator) >= options.input_prob
             loss = simulation.loss(unit, record, places, exact) * (weights / nearest)
             if options.penalty > 0.0 and progress >= options.warm_up:

@@ -1,11 +1,15 @@
-"""A quantized model in floating point, evaluated on tuples that are each at a step of their own, whole or part by part."""
+"""A quantized model in floating point, evaluated on tuples that are each at a step of their own, whole or part by part.
+
+Under a cache the quantized model is evaluated as in a run: tuples at refresh steps by whole passes, those at reuse steps by
+reuse passes. A part that these skip sees the former alone.
+"""
 
 from __future__ import annotations
 
 import functools
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -16,6 +20,7 @@ from iec.artifact.calibration import Product, QuantizedLayer
 from iec.patch import replace_forward
 from iec.quant import rows
 from iec.quant.attention import PRODUCTS, QuantizedProducts, replace_processor
+from iec.quant.data import Data, Shallow
 from iec.quant.rounding import SimulatedLayer, StepScales
 
 # Blocks that are reconstructed as a whole, by the class names of diffusers; the outermost one counts.
@@ -24,7 +29,7 @@ BLOCKS = re.compile(r"ResnetBlock\w*|\w*TransformerBlock|\w*Attention\w*")
 
 @dataclass
 class Record:
-    """Inputs and full-precision outputs of one unit for all tuples."""
+    """Inputs and full-precision outputs of one unit for all tuples that it sees; `steps` are theirs."""
 
     steps: Tensor
     template: rows.Template
@@ -34,6 +39,11 @@ class Record:
     targets: dict[str, rows.RowStore] = field(default_factory=dict)
 
 
+# Where a unit is as a reuse pass sees it (METHOD's skip_state 0, 1, 2): computed on the way to the cached feature or apart from
+# it, skipped, or computed from what takes the feature on. Without a cache all units are "before".
+Side = Literal["before", "inside", "after"]
+
+
 class _Reached(Exception):
     """The unit was reached: what comes after it is not needed."""
 
@@ -41,11 +51,16 @@ class _Reached(Exception):
 class Simulation:
     """The simulated layers and attention products on `model`, for good: the model is ours.
 
-    `quantized` says whether it is evaluated as quantized or in full precision, `steps` which step each row is at.
+    `quantized` says whether it is evaluated as quantized or in full precision, `steps` which step each row is at. `shallow`
+    makes the reuse passes of the model under a cache; None without.
     """
 
     def __init__(
-        self, model: nn.Module, layers: dict[str, QuantizedLayer], products: dict[str, dict[Product, Any]]
+        self,
+        model: nn.Module,
+        layers: dict[str, QuantizedLayer],
+        products: dict[str, dict[Product, Any]],
+        shallow: Callable[[nn.Module], Shallow] | None = None,
     ) -> None:
         self.model = model
         self.device = next(model.parameters()).device
@@ -53,6 +68,7 @@ class Simulation:
         self.steps = torch.zeros(0, dtype=torch.int64)
         self.drop: tuple[float, torch.Generator] | None = None
         self.factors: dict[str, tuple[dict[str, int], dict[str, int]]] = {}
+        self.sides: dict[str, Side] = {}
         self.layers = {name: SimulatedLayer(model.get_submodule(name), layer) for name, layer in layers.items()}
         for layer in self.layers.values():
             replace_forward(layer.module, functools.partial(self._layer, layer=layer))
@@ -60,6 +76,7 @@ class Simulation:
             tables_ = {product: StepScales(tables[product]).to(self.device) for product in PRODUCTS}
             processor = QuantizedProducts({p: functools.partial(self._product, table=t) for p, t in tables_.items()})
             replace_processor(model.get_submodule(name), processor)
+        self.shallow = None if shallow is None else shallow(model)  # last: what it skips it skips with all that is ours
 
     def _layer(self, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any], layer: SimulatedLayer) -> Tensor:
         if not self.quantized:
@@ -70,7 +87,7 @@ class Simulation:
         return table(x, self.steps) if self.quantized else x
 
     def units(
-        self, kind: Literal["block", "layer"], wanted: list[str], data: Any, also: str | None = None
+        self, kind: Literal["block", "layer"], wanted: list[str], data: Data, also: str | None = None
     ) -> dict[str, list[str]]:
         """Units in the order in which they run, with those of their layers that are `wanted`; `also` is looked at as well.
 
@@ -80,7 +97,8 @@ class Simulation:
         found: dict[str, list[str]] = {}
         for name in wanted:
             found.setdefault(name if kind == "layer" else self._block(name), []).append(name)
-        watched = list(dict.fromkeys([*found, *([also] if also is not None else [])]))
+        units = dict.fromkeys([*found, *([also] if also is not None else [])])
+        skipped = () if self.shallow is None else self.shallow.skipped
         order: list[str] = []
         seen: list[dict[str, tuple[dict[str, int], dict[str, int]]]] = []
         for size in (2, 3):
@@ -95,7 +113,7 @@ class Simulation:
                 self.model.get_submodule(unit).register_forward_hook(
                     functools.partial(ran, unit=unit), with_kwargs=True
                 )
-                for unit in watched
+                for unit in dict.fromkeys([*units, *skipped])
             ]
             try:
                 self._run(data, places, quantized=False)
@@ -104,8 +122,12 @@ class Simulation:
                     hook.remove()
             seen.append(sizes)
         times = Counter(order)
-        once = [unit for unit in dict.fromkeys(order) if times[unit] == 2]
+        once = [unit for unit in dict.fromkeys(order) if times[unit] == 2 and unit in units]
         self.factors = {unit: (_factors(seen, unit, 0), _factors(seen, unit, 1)) for unit in once}
+        first = min((order.index(name) for name in skipped if name in times), default=len(order))
+        self.sides = {unit: "after" if order.index(unit) > first else "before" for unit in once}
+        for name in skipped:
+            self.sides |= {unit: "inside" for unit in once if f"{unit}.".startswith(f"{name}.")}
         return {unit: found[unit] for unit in once if unit in found}
 
     def _block(self, name: str) -> str:
@@ -117,12 +139,19 @@ class Simulation:
                 return outer
         return name
 
-    def record(self, unit: str, data: Any, size: int, exact: bool) -> Record:
-        """Run all tuples up to `unit`, in full precision for the targets (and `exact` inputs), and quantized for the inputs."""
-        record = Record(data.steps, ["plain", None])
+    def record(self, unit: str, data: Data, size: int, exact: bool) -> Record:
+        """Run all tuples up to `unit`, in full precision for the targets (and `exact` inputs), and quantized for the inputs.
+
+        Passes in full precision are whole, so behind the cached feature the targets are those without a cache. There the
+        inputs are always those of the quantized model, `exact` or not: they are off by more than rounding.
+        """
+        side = self.sides[unit]
+        chosen = (~data.reused).nonzero()[:, 0] if side == "inside" else torch.arange(len(data.steps))
+        exact = exact and side != "after"
+        record = Record(data.steps[chosen], ["plain", None])
         module = self.model.get_submodule(unit)
         of_inputs, of_outputs = self.factors[unit]
-        for places in _chunks(len(data.steps), size):
+        for places, reused in self._passes(data, chosen, size):
 
             def came_in(
                 _: Any, args: Any, kwargs: Any, store: Any, places: Tensor = places, stop: bool = False
@@ -149,7 +178,7 @@ class Simulation:
                 hooks = [module.register_forward_pre_hook(before, with_kwargs=True)]
                 hooks += [] if quantized else [module.register_forward_hook(went_out)]
                 try:
-                    self._run(data, places, quantized)
+                    self._run(data, chosen[places], quantized, reused and quantized)
                 except _Reached:
                     pass
                 finally:
@@ -157,10 +186,26 @@ class Simulation:
                         hook.remove()
         return record
 
+    def _passes(self, data: Data, chosen: Tensor, size: int) -> Iterator[tuple[Tensor, bool]]:
+        """Places in `chosen` of tuples to evaluate at once, and whether by reuse passes: a batch is of one kind."""
+        if self.shallow is None:
+            for places in _chunks(len(chosen), size):
+                yield places, False
+            return
+        for reused in (False, True):
+            of_kind = (data.reused[chosen] == reused).nonzero()[:, 0]
+            for places in of_kind.split(size) if len(of_kind) else ():
+                yield places, reused
+
     @torch.no_grad()
-    def _run(self, data: Any, places: Tensor, quantized: bool) -> None:
+    def _run(self, data: Data, places: Tensor, quantized: bool, reused: bool = False) -> None:
         self.at(data.steps[places], quantized)
-        self.model(**data.batch(places, self.device))
+        arguments = data.batch(places, self.device)
+        if reused:
+            assert self.shallow is not None
+            self.shallow.evaluate(arguments, data.feature(places, self.device))
+        else:
+            self.model(**arguments)
 
     def at(self, steps: Tensor, quantized: bool) -> None:
         """Evaluate rows at `steps` from now on, as quantized or in full precision."""

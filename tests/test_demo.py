@@ -73,15 +73,18 @@ def test_a_quantized_arm_is_counted_weighed_and_taken_off() -> None:
     with iec.quantize(pipe, calibration), iec.enable(pipe, steps="first:3"):
         assert torch.equal(sample(pipe, [1, 2, 3], 10, 2), outcome.images)
     assert torch.equal(sample(pipe, [1, 2, 3], 10), before)
-    with pytest.raises(ValueError, match="'corrected' has a quantized denoiser, so it needs a calibration"):
+    with pytest.raises(
+        ValueError, match="'corrected' is quantized, or cached by CacheQuant, so it needs a calibration"
+    ):
         run_arm(pipe, arm, [1], 1)
     assert torch.equal(sample(pipe, [1, 2, 3], 10), before)
 
 
 def test_the_bundled_calibrations_are_those_of_the_demo_and_no_weights_of_the_model() -> None:
     pipe, found = iec.load("fashion-mnist"), calibrations("fashion-mnist")
-    needed = {calibration_name(arm): arm for arm in ARMS if arm.quant is not None}
-    assert set(found) == set(needed) == {"w8a8-50", "w8a8-60-euler"}
+    needed = {calibration_name(arm): arm for arm in ARMS if arm.calibrated}
+    fields = ("w8a8-50", "w8a8-60-euler")
+    assert set(found) == set(needed) == {*fields, *(f"{field}-cachequant5" for field in fields)}
     for name, arm in needed.items():
         calibration = Calibration.load(found[name])
         made = calibration.origin
@@ -89,6 +92,7 @@ def test_the_bundled_calibrations_are_those_of_the_demo_and_no_weights_of_the_mo
         here.scheduler.set_timesteps(arm.num_inference_steps)
         assert made.mismatch(origin(here, here.scheduler.timesteps.tolist())) == []
         assert calibration.weight_bytes < 0.27 * calibration.float_bytes
+        assert (calibration.cache is not None) == name.endswith("-cachequant5")
     about = bundled()["fashion-mnist"]
     assert list(about["values"]) == ["unet/diffusion_pytorch_model.safetensors"]
     assert about["calibrations"] == [f"calibration-{name}" for name in sorted(found)]
@@ -113,7 +117,8 @@ def test_the_demo_writes_numbers_picture_and_page(tmp_path: Path, monkeypatch: p
     report = demo(str(folder), num=3, out=tmp_path / "out", progress=lambda name, *_: names.append(name))
     rows = json.loads(report.results.read_text())
     assert [row["name"] for row in rows] == ["fine", *(arm.name for arm in ARMS)]
-    made = ["calibrating W8A8, 50 steps", "calibrating W8A8, 60 steps (Euler)"]
+    fields = ("W8A8, 50 steps", "W8A8, 60 steps (Euler)")
+    made = [f"calibrating {kind}{field}" for kind in ("", "CacheQuant 1:5, ") for field in fields]
     assert [name for name in names if name in made] == made
     assert [name for name in names if name not in made] == [row["name"] for row in rows]
     assert rows[0]["psnr"] is None and all(row["psnr"] > 0 for row in rows[1:])

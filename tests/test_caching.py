@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import diffusers
@@ -215,6 +216,17 @@ def test_two_pipelines() -> None:
     assert torch.equal(image(two), other)
     iec.undo(two)
     assert torch.equal(image(two), plain)
+
+
+def test_two_pipelines_in_two_threads() -> None:
+    pipes = pipeline(unet()), pipeline(unet(1, 2))
+    for pipe, interval in zip(pipes, (3, 2), strict=True):
+        iec.cache(pipe, iec.DeepCache(interval=interval))
+    alone = [image(pipe) for pipe in pipes]
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(3):
+            together = list(pool.map(image, pipes))
+            assert all(torch.equal(found, expected) for found, expected in zip(together, alone, strict=True))
 
 
 def test_shared_weights(pipe: Any) -> None:

@@ -361,3 +361,29 @@ def test_what_cannot_be_calibrated(name: str, changes: dict[str, Any], error: An
     with pytest.raises(error, match=message):
         iec.calibrate(pipe, **{"cache": iec.CacheQuant(interval=3), **SETTINGS, **changes})
     assert quantized.state(pipe) == before
+
+
+@pytest.mark.parametrize("schedule", ["dps", "uniform"])
+def test_runs_that_begin_in_the_middle(schedule: str) -> None:
+    """Image-to-image: the first step of the run is a whole pass, what follows is compensated against it."""
+    case = CASES["sd-img2img"]
+    pipe, config = case.build(), iec.CacheQuant(interval=3, schedule=schedule)
+    settings = {**SETTINGS, "num_inference_steps": 12, "strength": 0.67, "prompt": "a cat"}
+    settings["image"] = tiny.noise(2, 3, tiny.PIXELS, tiny.PIXELS, seed=5).sigmoid()
+    made = iec.calibrate(pipe, iec.QuantConfig(**quantized.QUICK), config, **settings)
+    tables, begin = made.cache, 4
+    assert tables is not None and made.origin.num_steps == 12 and begin in tables.refresh
+    assert (tables.refresh == (0, 3, 4, 6, 9)) if schedule == "uniform" else len(tables.refresh[4:]) == 3
+    seen = trajectory(pipe, pipe.unet, "conv_out", settings, config)
+    for step in (step for step in range(begin, 12) if step not in tables.refresh):
+        start = max(start for start in tables.refresh if start <= step)
+        gain, offset = regression(rows(at(seen, start - begin, "feature")), rows(at(seen, step - begin, "feature")))
+        torch.testing.assert_close(tables.gain[step].double(), gain, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(tables.offset[step].double(), offset, rtol=1e-6, atol=1e-6)
+    whole = len([step for step in tables.refresh if step >= begin])
+    with iec.cache(pipe, None, made) as handle:
+        images(pipe, {**settings, "num_samples": 2})
+        assert handle.counts() == (whole, 8 - whole)
+        with iec.quantize(pipe, made, kernel="reference"):
+            images(pipe, {**settings, "num_samples": 2})
+            assert handle.counts() == (whole, 8 - whole)

@@ -15,7 +15,7 @@ from iec.caches.cut import Feature, Site
 from iec.caches.feature import FeatureCache, RunOfSteps
 from iec.caches.unet import locate
 from iec.plan import CachePlan, StepClock, Window, check_interval, check_window, make_plan, parse_schedule
-from iec.plan.schedules import bounds
+from iec.plan.schedules import bounds, resolve_window
 
 Compensate = Literal["all", "cache", "quant", "none"]
 
@@ -62,9 +62,19 @@ class CacheQuant:
         """Whether rounding in the layers that take the feature is corrected."""
         return self.compensate in ("all", "quant")
 
-    def plan(self, num_steps: int, costs: Tensor | None = None) -> CachePlan:
-        """The refresh steps of a run of `num_steps`; "dps" needs the `costs` of groups, see `make_plan`."""
-        return make_plan(self.schedule, self.interval, num_steps, self.window, costs)
+    def plan(self, num_steps: int, costs: Tensor | None = None, begin: int = 0) -> CachePlan:
+        """The refresh steps of a run of `num_steps`; "dps" needs the `costs` of groups, see `make_plan`.
+
+        Image-to-image runs take the steps from `begin` on only, which is a whole pass then; "dps" spends nothing on those before.
+        """
+        window = self.window
+        if begin and parse_schedule(self.schedule).kind == "dps":
+            inside = resolve_window(window, num_steps) if window is not None else (0, num_steps)
+            window = (max(begin, inside[0]), inside[1])
+            if inside[1] <= begin:
+                return CachePlan(tuple(range(num_steps)), num_steps)
+        made = make_plan(self.schedule, self.interval, num_steps, window, costs)
+        return CachePlan(tuple(sorted({*made.refresh, begin})), num_steps)
 
     def longest(self, num_steps: int) -> int:
         """The longest group that a plan for `num_steps` may have, its whole pass included."""
@@ -73,9 +83,10 @@ class CacheQuant:
         starts = [*self.plan(num_steps).refresh, num_steps]
         return max(end - start for start, end in itertools.pairwise(starts))
 
-    def pairs(self, start: int, step: int, num_steps: int) -> bool:
+    def pairs(self, start: int, step: int, num_steps: int, begin: int = 0) -> bool:
         """Whether some plan reuses the feature of `start` at `step`, which lies less than `longest` behind it."""
-        return parse_schedule(self.schedule).kind == "dps" or self.plan(num_steps).reference(step) == start
+        dps = parse_schedule(self.schedule).kind == "dps"
+        return dps or self.plan(num_steps, begin=begin).reference(step) == start
 
     def locate(self, model: Any) -> Site:
         """Where `model` is cut. Raises TypeError for a model that is not supported, ValueError for a branch it lacks."""

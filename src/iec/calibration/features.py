@@ -39,6 +39,7 @@ class Features(Passage):
         self.component, self.cut = cut_of(self.models, config)
         self.config, self.num_steps = config, num_steps
         self.longest = config.longest(num_steps)
+        self.first = 0  # the step that the runs begin at
         self.distances = torch.zeros(num_steps, self.longest, dtype=torch.float64)
         self.moments: PairMoments | None = None
         self._window: dict[int, dict[int, Tensor]] = {}  # of each call of a step, the features of the steps before
@@ -61,6 +62,8 @@ class Features(Passage):
 
     def evaluate(self, name: str, call: Call) -> Any:
         """A whole pass, whose feature is compared with those before."""
+        assert self.held.state.run is not None
+        self.first = self.held.state.run.begin
         self.cut.whole(functools.partial(self._take, call))
         return self.cut.evaluate(call.forward, call.args, call.kwargs)
 
@@ -73,7 +76,7 @@ class Features(Passage):
         for start in [start for start in window if start <= call.step - self.longest]:
             del window[start]
         for start, before in window.items():
-            if self.config.pairs(start, call.step, self.num_steps):
+            if self.config.pairs(start, call.step, self.num_steps, self.first):
                 lag = call.step - start
                 self.distances[start, lag] += float((feature - before).abs().sum(dtype=torch.float64))
                 self.moments.update(before, feature, (start, lag))
@@ -82,11 +85,12 @@ class Features(Passage):
     def state(self) -> State:
         """Distances and moments."""
         moments = {} if self.moments is None else self.moments.state()
-        return {"distances": self.distances, "timesteps": torch.tensor(self.timesteps).double(), **moments}, None
+        tensors = {"distances": self.distances, "timesteps": torch.tensor(self.timesteps).double(), **moments}
+        return tensors, self.first
 
     def load_state(self, tensors: dict[str, Tensor], plain: Any) -> None:
         """Continue from `state()`."""
-        tensors = dict(tensors)
+        tensors, self.first = dict(tensors), plain
         self.distances = tensors.pop("distances").clone()
         self.timesteps = tuple(tensors.pop("timesteps").tolist())
         self.moments = PairMoments.from_state(tensors) if tensors else None
@@ -97,7 +101,7 @@ class Features(Passage):
             raise RuntimeError(
                 f"{self.component} was never evaluated during the calibration, so there is nothing to cache"
             )
-        plan = self.config.plan(self.num_steps, group_costs(self.distances))
+        plan = self.config.plan(self.num_steps, group_costs(self.distances), self.first)
         fit = self.moments.fit()
         gain = torch.ones(self.num_steps, self.moments.channels)
         offset = torch.zeros_like(gain)

@@ -36,16 +36,18 @@ class Reuse:
         self._compensate = Compensation(tables) if config.compensates_cache else lambda _, feature: feature
         self._features: dict[int, Feature] = {}
 
-    def __contains__(self, step: int) -> bool:
-        """Whether a run reuses the feature at `step`."""
-        return step not in self.plan
+    def __contains__(self, call: Call) -> bool:
+        """Whether a run reuses a feature at `call`: at a reuse step, if the last whole pass had a call of this number."""
+        return call.step not in self.plan and call.number in self._features
 
     def whole(self, call: Call) -> Any:
         """Make the evaluation whole; at a refresh step its feature is kept."""
-        self.cut.whole(None if call.step in self else functools.partial(self._keep, call.number))
+        self.cut.whole(functools.partial(self._keep, call.number) if call.step in self.plan else None)
         return self.cut.evaluate(call.forward, call.args, call.kwargs)
 
     def _keep(self, number: int, feature: Feature) -> None:
+        if number == 0:
+            self._features = {}
         self._features[number] = feature
 
     def feature(self, call: Call) -> Feature:
@@ -84,7 +86,7 @@ class Activations(Passage):
         """Keep tuples for reconstruction from now on."""
         for name, model in self.models.items():
             steps = len(next(iter(self.observers[name].searches().values())).scale)
-            reused = () if self.reuse is None else [step for step in range(steps) if step in self.reuse]
+            reused = () if self.reuse is None else [step for step in range(steps) if step not in self.reuse.plan]
             self.captures[name] = Capture(model, num_samples, steps, options.num_tuples, options.seed, reused)
 
     def install(self) -> None:
@@ -107,10 +109,10 @@ class Activations(Passage):
         """Observe the evaluation, then make it in full precision."""
         observers, reuse = self.observers[name], self.reuse
         if name in self.captures:
-            feature = reuse.feature(call) if reuse is not None and call.step in reuse else None
+            feature = reuse.feature(call) if reuse is not None and call in reuse else None
             assert feature is None or isinstance(feature, torch.Tensor)  # a UNet's
             self.captures[name].take(call.step, *self.samples, call.args, call.kwargs, feature)
-        if reuse is not None and call.step in reuse:
+        if reuse is not None and call in reuse:
             with observers.learning(call.step) as seen:
                 reuse.shallow(call)
             with observers.learning(call.step, but=seen):
@@ -120,22 +122,21 @@ class Activations(Passage):
                 call()
         return call() if reuse is None else reuse.whole(call)
 
-    def state(self) -> State:
-        """All that was learnt so far: tensors, and the plain rest, for a checkpoint."""
+    def learnt(self) -> State:
+        """See `Passage`."""
         tensors = {f"{name}/{key}": value for name, o in self.observers.items() for key, value in o.state().items()}
         templates = {}
         for name, capture in self.captures.items():
             held, templates[name] = capture.state()
             tensors |= {f"tuples/{name}/{key}": value for key, value in held.items()}
-        return tensors | {"timesteps": torch.tensor(self.timesteps, dtype=torch.float64)}, templates
+        return tensors, templates
 
-    def load_state(self, tensors: dict[str, Tensor], plain: Any) -> None:
-        """Continue from `state()`."""
+    def relearn(self, tensors: dict[str, Tensor], plain: Any) -> None:
+        """See `Passage`."""
         for name, observers in self.observers.items():
             observers.load_state(within(f"{name}/", tensors))
         for name, capture in self.captures.items():
             capture.load_state(within(f"tuples/{name}/", tensors), plain[name])
-        self.timesteps = tuple(tensors["timesteps"].tolist())
 
     def outputs(self) -> dict[str, str]:
         """The last layer of each denoiser ("conv_out")."""

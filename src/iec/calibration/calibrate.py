@@ -20,7 +20,9 @@ from iec.calibration.journal import Journal
 from iec.calibration.outputs import Outputs
 from iec.calibration.passage import Passage
 from iec.calibration.reconstructed import Finished, reconstructed
+from iec.pipeline.adapters import denoisers
 from iec.pipeline.batches import Batch, batches
+from iec.pipeline.foreign import refuse_beside
 from iec.pipeline.installation import Installation, installation, installed, switching
 from iec.pipeline.origin import origin
 from iec.quant.config import QuantConfig
@@ -85,6 +87,7 @@ def calibrate(
         batches, pipe, range(seed, seed + num_samples), num_inference_steps, batch_size, "latent", **kwargs
     )
     calls()  # refuses what cannot be sampled before anything is done
+    refuse_beside(denoisers(pipe).values())
     settings = {"batch_size": batch_size, **{key: _plain(value) for key, value in kwargs.items()}}
     about = functools.partial(origin, num_samples=num_samples, seed=seed, settings=settings)
     options = [None if given is None else given.as_dict() for given in (config, cache, reconstruct)]

@@ -91,7 +91,7 @@ class Consumers(Passage):
         """The evaluation of a run with the cache, in full precision, is looked at; then the whole one is made."""
         self._step = call.step
         try:
-            if call.step in self.reuse:
+            if call in self.reuse:
                 self.reuse.shallow(call)
                 self._step = None
             return self.reuse.whole(call)
@@ -104,18 +104,15 @@ class Consumers(Passage):
                 consumer.take(args[0] if args else kwargs["input"], self._step)
         return forward(*args, **kwargs)
 
-    def state(self) -> State:
-        """The moments."""
-        tensors = {
-            f"{name}/{key}": value for name, c in self.consumers.items() for key, value in c.moments.state().items()
-        }
-        return tensors | {"timesteps": torch.tensor(self.timesteps).double()}, None
+    def learnt(self) -> State:
+        """See `Passage`."""
+        moments = {name: consumer.moments.state() for name, consumer in self.consumers.items()}
+        return {f"{name}/{key}": value for name, held in moments.items() for key, value in held.items()}, None
 
-    def load_state(self, tensors: dict[str, Tensor], plain: Any) -> None:
-        """Continue from `state()`."""
+    def relearn(self, tensors: dict[str, Tensor], plain: Any) -> None:
+        """See `Passage`."""
         for name, consumer in self.consumers.items():
             consumer.moments = PairMoments.from_state(within(f"{name}/", tensors))
-        self.timesteps = tuple(tensors["timesteps"].tolist())
 
     def result(self, quant: Quantization) -> Quantization:
         """`quant` with the gain of the consumers' first parts, and their biases, at every step."""

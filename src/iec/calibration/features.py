@@ -82,18 +82,15 @@ class Features(Passage):
                 self.moments.update(before, feature, (start, lag))
         window[call.step] = feature.clone()
 
-    def state(self) -> State:
-        """Distances and moments."""
-        moments = {} if self.moments is None else self.moments.state()
-        tensors = {"distances": self.distances, "timesteps": torch.tensor(self.timesteps).double(), **moments}
-        return tensors, self.first
+    def learnt(self) -> State:
+        """See `Passage`."""
+        return {"distances": self.distances, **({} if self.moments is None else self.moments.state())}, self.first
 
-    def load_state(self, tensors: dict[str, Tensor], plain: Any) -> None:
-        """Continue from `state()`."""
-        tensors, self.first = dict(tensors), plain
-        self.distances = tensors.pop("distances").clone()
-        self.timesteps = tuple(tensors.pop("timesteps").tolist())
-        self.moments = PairMoments.from_state(tensors) if tensors else None
+    def relearn(self, tensors: dict[str, Tensor], plain: Any) -> None:
+        """See `Passage`."""
+        self.distances, self.first = tensors["distances"].clone(), plain
+        moments = {name: value for name, value in tensors.items() if name != "distances"}
+        self.moments = PairMoments.from_state(moments) if moments else None
 
     def result(self) -> CacheTables:
         """The plan, and the compensation at its reuse steps. Raises RuntimeError where the denoiser never ran."""

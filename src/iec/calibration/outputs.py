@@ -73,7 +73,7 @@ class Twin:
         with torch.no_grad():
             if self.reuse is None:
                 here()
-            elif call.step in self.reuse:
+            elif here in self.reuse:
                 self.reuse.shallow(here)
             else:
                 self.reuse.whole(here)
@@ -134,16 +134,15 @@ class Outputs(Passage):
         finally:
             hook.remove()
 
-    def state(self) -> State:
-        """The moments."""
-        tensors = {f"{name}/{key}": value for name, t in self.twins.items() for key, value in t.moments.state().items()}
-        return tensors | {"timesteps": torch.tensor(self.timesteps).double()}, None
+    def learnt(self) -> State:
+        """See `Passage`."""
+        moments = {name: twin.moments.state() for name, twin in self.twins.items()}
+        return {f"{name}/{key}": value for name, held in moments.items() for key, value in held.items()}, None
 
-    def load_state(self, tensors: dict[str, Tensor], plain: Any) -> None:
-        """Continue from `state()`."""
+    def relearn(self, tensors: dict[str, Tensor], plain: Any) -> None:
+        """See `Passage`."""
         for name, twin in self.twins.items():
             twin.moments = PairMoments.from_state(within(f"{name}/", tensors))
-        self.timesteps = tuple(tensors["timesteps"].tolist())
 
     def result(self, quant: Quantization) -> Quantization:
         """`quant` with the gains and biases of the last layers, at every step."""

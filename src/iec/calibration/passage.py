@@ -6,6 +6,8 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
+
 from iec.calibration.journal import State
 from iec.patch import replace_forward
 from iec.pipeline.installation import Installation
@@ -34,8 +36,9 @@ class Call:
 class Passage:
     """What stands in for the denoisers' forwards during a passage, from `install()` to `remove()`.
 
-    A subclass says in `evaluate` what an evaluation is; its answer must be that of full precision. `samples` are the first one
-    and the number of those sampled now, `timesteps` what the scheduler of the last run handed out.
+    A subclass says in `evaluate` what an evaluation is, its answer being that of full precision; in `learnt` and `relearn` what
+    it has learnt. `samples` are the first one and the number of those sampled now, `timesteps` what the scheduler of the last
+    run handed out.
     """
 
     what: str
@@ -68,9 +71,23 @@ class Passage:
             undo()
         self._removers = []
 
-    def state(self) -> State:
-        """All that was learnt so far, for a checkpoint."""
+    def learnt(self) -> State:
+        """All that was learnt so far, for a checkpoint: tensors, and plain data."""
         raise NotImplementedError
+
+    def relearn(self, tensors: dict[str, Tensor], plain: Any) -> None:
+        """Go on from `learnt()`."""
+        raise NotImplementedError
+
+    def state(self) -> State:
+        """What was learnt, and the timesteps."""
+        tensors, plain = self.learnt()
+        return tensors, {"timesteps": list(self.timesteps), "learnt": plain}
+
+    def load_state(self, tensors: dict[str, Tensor], plain: Any) -> None:
+        """Continue from `state()`."""
+        self.timesteps = tuple(plain["timesteps"])
+        self.relearn(tensors, plain["learnt"])
 
     def _around(self, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
         run, tick = self.held.state.run, self.held.state.clock.now

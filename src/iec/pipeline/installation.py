@@ -35,7 +35,9 @@ class Installation:
         self.scheduler = IECScheduler(pipe.scheduler, steps="none")
         self.gates = {name: Gate(model, self.state) for name, model in models.items()}
         self.parts: list[Part] = []
-        self.weights: dict[str, str] | None = None  # fingerprints of the denoisers' weights, where these were given away
+        self.weights: dict[str, str] | None = (
+            None  # fingerprints of the denoisers' weights, where these were given away
+        )
         self.state.survey = self._survey
 
     @property

@@ -58,6 +58,6 @@ def refuse_beside(models: Iterable[Any]) -> None:
     """Raise ValueError when one of `models` carries another library's cache: two caches would reuse each other's errors."""
     for cache in (cache for model in models for cache in find(model)):
         raise ValueError(
-            f"this pipeline has a cache already, {cache.name}; take it off first, or leave IEC's own cache out: "
-            "iec.enable(pipe) corrects beside it"
+            f"this pipeline has a cache already, {cache.name}; take it off first (iec.enable(pipe) corrects beside it, but "
+            "IEC's own cache and a calibration need the plain model)"
         )

@@ -13,7 +13,6 @@ is calibrated when it is first needed; a shard that exists is not sampled again,
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +156,30 @@ def table(arms: list[str], num: int, root: Path, resamples: int = 200) -> list[d
     return lines
 
 
+def markdown(lines: list[dict[str, Any]]) -> str:
+    """The table for people: every arm's FID and KID, its FID less that of `ddim:100` and of itself without IEC, RMSEs."""
+    rows = ["| arm | FID | − `ddim:100` | − without IEC | KID × 10³ | RMSE to fine | RMSE to full, median, 90 % |"]
+    rows.append("|---|---:|---:|---:|---:|---:|---:|")
+
+    def told(values: list[float] | None, digits: int) -> str:
+        return "–" if values is None else "{0:.{3}f} [{1:.{3}f}, {2:.{3}f}]".format(*values[:3], digits)
+
+    for line in lines:
+        base = line["arm"].partition("+")[0]
+        spread = line.get("rmse_full_median_and_90_percent", [0.0, 0.0])
+        cells = [
+            f"`{line['arm']}`",
+            told([line["fid"], *line["fid_interval"]], 1),
+            told(line.get("fid_minus_ddim:100"), 1),
+            told(line.get(f"fid_minus_{base}") if base != line["arm"] else None, 1),
+            f"{line['kid']:.2f} ± {line['kid_deviation']:.2f}",
+            told(line.get("rmse_fine"), 3),
+            f"{told(line.get('rmse_full'), 3)}, {spread[0]:.3f}, {spread[1]:.3f}",
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("action", choices=["sample", "table"])
@@ -171,7 +194,7 @@ def main() -> None:
     else:
         lines = table(options.arm, options.num, options.root)
         write_json(options.root / "table.json", lines)
-        print(json.dumps(lines, indent=1))
+        print(markdown(lines))
 
 
 if __name__ == "__main__":

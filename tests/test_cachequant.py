@@ -15,6 +15,8 @@ from torch import Tensor
 import iec
 import quantized
 import tiny
+from iec.artifact.calibration import CacheTables
+from iec.caches.cachequant import Compensation
 from quantized import Times
 from tiny import CASES, run
 from trajectories import GuidedDDIM, at, regression, rows, runs, trajectory
@@ -145,21 +147,31 @@ def drifting(pipe: Any) -> tuple[Tensor, Tensor, Times]:
 
 
 def test_an_affine_drift_is_undone() -> None:
-    """A model whose feature is an affine map of the one before is cached without loss; with the plan alone it is not."""
+    """A model whose feature is an affine map of the one before is cached without loss; with the plan alone it is not.
+
+    Nor is there a loss with corrections at all steps, whose features are then reused.
+    """
     pipe = DDIM.build(fresh=True)
     gain, offset, now = drifting(pipe)
     plain = images(pipe)
+    with iec.enable(pipe, steps="all"):
+        corrected = images(pipe)
     found = {}
     for compensate in ("cache", "none"):
         made = iec.calibrate(pipe, cache=iec.CacheQuant(interval=3, compensate=compensate), **SETTINGS)
         with iec.cache(pipe, None, made) as handle:
             found[compensate] = images(pipe)
             assert handle.counts() == (3, 5)
+            with iec.enable(pipe, steps="all"):
+                found[f"{compensate}, corrected"] = images(pipe)
+                assert handle.counts() == (3 + 8, 5)
         if compensate == "cache":
             tables = made.cache
     now.handle.remove()
     torch.testing.assert_close(found["cache"], plain, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found["cache, corrected"], corrected, rtol=1e-4, atol=1e-4)
     assert (found["none"] - plain).abs().max() > 0.01
+    assert (found["none, corrected"] - corrected).abs().max() > 0.01
     assert tables is not None
     for step in range(8):
         start = max(start for start in tables.refresh if start <= step)
@@ -167,6 +179,27 @@ def test_an_affine_drift_is_undone() -> None:
         torch.testing.assert_close(tables.gain[step], ratio, rtol=1e-4, atol=1e-4)
         shift = offset[step][: len(ratio)] - ratio * offset[start][: len(ratio)]
         torch.testing.assert_close(tables.offset[step], shift, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_features_of_other_steps_are_compensated_for_the_drift_that_is_left(dtype: torch.dtype) -> None:
+    """Refresh at 0 and 3; a feature of step 1 is brought to step 2. Gains are finer than bfloat16, and layouts are kept."""
+    gain = torch.tensor([[1.0, 1.0], [0.5, 0.05], [0.25097, 0.5], [1.0, 1.0]])
+    offset = torch.tensor([[0.0, 0.0], [0.25, 1.0], [1.0, 2.0], [0.0, 0.0]])
+    put_back = Compensation(CacheTables("unet", iec.CacheQuant().as_dict(), 2, (0, 3), gain, offset))
+    feature = 64 * tiny.noise(2, 2, 4, 4, seed=1).to(dtype, memory_format=torch.channels_last)
+    kept = feature.clone()
+    for taken, ratio, shift in (
+        (None, (0.25097, 0.5), (1.0, 2.0)),
+        (0, (0.25097, 0.5), (1.0, 2.0)),
+        (1, (0.50194, 1.0), (1.0 - 0.50194 * 0.25, 0.0)),  # the second channel has nearly nothing of step 0 at step 1
+    ):
+        found = put_back(2, feature, taken)
+        a, b = (torch.tensor(values, dtype=torch.float64).view(1, 2, 1, 1) for values in (ratio, shift))
+        assert found.dtype == dtype and found.is_contiguous(memory_format=torch.channels_last)
+        close = 1e-6 if dtype == torch.float32 else 2**-8 + 1e-6  # half a unit in the last place
+        torch.testing.assert_close(found.double(), a * feature.double() + b, rtol=close, atol=1e-5)
+    assert torch.equal(feature, kept)
 
 
 def test_what_is_put_back_is_the_compensated_feature(pipe: Any, made: iec.Calibration) -> None:

@@ -140,7 +140,7 @@ def test_against_the_released_code(name: str) -> None:
         found["eps_full_t991"] = at(0, arrays["x"], 991)
         found["feature"] = at.feature
         found["eps_cached_t741"] = at(1, arrays["x2"], 741)
-        at.cache.compensate = lambda step, feature: gain[step] * feature + offset[step]
+        at.cache.compensate = lambda step, feature, _: gain[step] * feature + offset[step]
         at(0, arrays["x"], 991)
         found["eps_cached_ab_t741"] = at(1, arrays["x2"], 741)
     for key, value in found.items():

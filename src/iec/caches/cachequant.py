@@ -18,6 +18,7 @@ from iec.plan import CachePlan, StepClock, Window, check_interval, check_window,
 from iec.plan.schedules import bounds, resolve_window
 
 Compensate = Literal["all", "cache", "quant", "none"]
+LEAST = 0.1  # gains below this are not divided by
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ class CacheQuant:
             return made
 
         compensate = Compensation(tables) if self.compensates_cache else None
-        return FeatureCache(model, self.locate(model), plan, clock, run, owns, compensate)
+        return FeatureCache(model, locate(model, tables.branch), plan, clock, run, owns, compensate)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, from which `from_dict` makes an equal configuration."""
@@ -132,13 +133,25 @@ class Compensation:
     """What is put back at a step in the place of the cached feature: gain · feature + offset, per channel (METHOD 4.3)."""
 
     def __init__(self, tables: CacheTables) -> None:
+        self.plan = CachePlan(tables.refresh, len(tables.gain))
         self.gain, self.offset = (table[:, None, :, None, None] for table in (tables.gain, tables.offset))
 
-    def __call__(self, step: int, feature: Feature) -> Tensor:
-        """feature: (B, C, H, W), left as it is. Returns a tensor of its dtype and layout."""
+    def __call__(self, step: int, feature: Feature, taken: int | None = None) -> Tensor:
+        """What is reused at `step`, of the dtype and layout of `feature` (B, C, H, W), which is left as it is.
+
+        taken: the step that the feature was computed at; None: the plan's last refresh step. From another one (of a correction
+        between two of them, or the first of a run) the drift is taken that is left from there: feature ≈ gain′ · F + offset′ with
+        the table of `taken`, solved for the F of the refresh step before both. A channel that has nearly lost F by then is
+        put back as it is.
+        """
         assert isinstance(feature, Tensor)
+        wide = torch.promote_types(feature.dtype, torch.float32)  # a gain of 1.003 is 1 in bfloat16
+        if self.gain.device != feature.device or self.gain.dtype != wide:
+            self.gain, self.offset = (table.to(feature.device, wide) for table in (self.gain, self.offset))
         gain, offset = self.gain[step], self.offset[step]
-        if gain.device != feature.device or gain.dtype != feature.dtype:
-            self.gain, self.offset = self.gain.to(feature), self.offset.to(feature)
-            gain, offset = self.gain[step], self.offset[step]
-        return torch.addcmul(offset, feature, gain)
+        if taken is not None and taken not in self.plan:
+            before = self.gain[taken]
+            held = before > LEAST
+            gain = torch.where(held, gain / before, 1.0)
+            offset = torch.where(held, offset - gain * self.offset[taken], 0.0)
+        return torch.addcmul(offset, feature.to(wide), gain).to(feature.dtype)

@@ -21,9 +21,10 @@ class RunOfSteps(Protocol):
 
 
 class Held(NamedTuple):
-    """A captured feature, and the shape, dtype and device of the sample it was computed from."""
+    """A captured feature, its step, and the shape, dtype and device of the sample it was computed from."""
 
     feature: Feature
+    step: int
     sample: tuple[Any, ...]
 
 
@@ -38,8 +39,9 @@ class FeatureCache:
         run: the run under way, or None; features never outlive it.
         owns: whether a call with these args and kwargs belongs to the run (weights may be shared, a run may have been
             abandoned). Others are whole passes that leave the cache alone.
-        compensate: given a step and the feature to be reused there, what is put back in its place: a new tensor, the given
-            one must stay as it is. None puts the feature itself back.
+        compensate: given a step, the feature to be reused there and the step it was computed at (a refresh step, that of a
+            correction, or the first of the run), what is put back in its place: a new tensor, the given one must stay as it
+            is. None puts the feature itself back.
 
     A pass is whole when the clock is stopped, at a refresh step, at the first step of a run, and at every correction;
     all but the first replace the feature, so reuse follows the last correction (METHOD 1.4). Models that are called
@@ -57,7 +59,7 @@ class FeatureCache:
         clock: StepClock,
         run: Callable[[], RunOfSteps | None],
         owns: Callable[[tuple[Any, ...], dict[str, Any]], bool] | None = None,
-        compensate: Callable[[int, Feature], Feature] | None = None,
+        compensate: Callable[[int, Feature, int], Feature] | None = None,
     ) -> None:
         self.cut = Cut(model, site)
         self.model, self.plan, self.clock, self.run, self.owns = model, plan, clock, run, owns
@@ -114,7 +116,7 @@ class FeatureCache:
         call, held = self._calls, self.features.get(self._calls)
         further = held is None and call > 0
         if tick.correction or tick.step in self._refresh or tick.step == run.begin or further:
-            self.cut.whole(lambda feature: self._capture(call, Held(feature, kind)))
+            self.cut.whole(lambda feature: self._capture(call, Held(feature, tick.step, kind)))
             return
         if held is None:
             raise RuntimeError(
@@ -126,7 +128,8 @@ class FeatureCache:
                 f"step {tick.step} should reuse a feature computed from a sample {_named(held.sample)}, but "
                 f"the sample is {_named(kind)}; shape, dtype and device must stay the same during a run"
             )
-        self.cut.reuse(held.feature if self.compensate is None else self.compensate(tick.step, held.feature))
+        given = held.feature
+        self.cut.reuse(given if self.compensate is None else self.compensate(tick.step, given, held.step))
 
     def _capture(self, call: int, held: Held) -> None:
         if call == 0:

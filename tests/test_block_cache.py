@@ -262,3 +262,29 @@ def test_guidance_in_some_of_the_steps() -> None:
         )  # steps 0 and 3, once more at 2 and 3; the others, once more at 4 and 5
     with iec.cache(pipe, iec.DeepCache(interval=1)):
         assert torch.equal(call(), plain)
+
+
+TIMES = {
+    "as it is": lambda t: t.expand(2),
+    "one for each token, none for those of a picture": lambda t: t.expand(2)[:, None] * (torch.arange(16) > 3),
+    "in bfloat16, then divided": lambda t: t.expand(2).bfloat16() / 1000,
+    "divided, then in bfloat16": lambda t: torch.tensor([t / 1000]).expand(2).bfloat16(),
+}
+
+
+@pytest.mark.parametrize("name", TIMES)
+def test_the_timestep_as_pipelines_give_it(name: str) -> None:
+    """LTX and Wan with a picture, Flux, AuraFlow: at every step the call is known for the run's, and at that one only."""
+    model, make, others = blocks.build("ltx")
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    pipe = diffusers.LTXPipeline(scheduler, None, None, None, model)
+    with torch.no_grad(), iec.cache(pipe, iec.DeepCache(interval=3)) as handle:
+        pipe.scheduler.set_timesteps(12)
+        x = make(0)
+        for t in pipe.scheduler.timesteps:
+            time = TIMES[name](t)
+            # outside the run's: a callback that looks at another step
+            model(hidden_states=x, **{**others, "timestep": TIMES[name](t + 40)}) if t < 900 else None
+            out = model(hidden_states=x, **{**others, "timestep": time}).sample
+            x = pipe.scheduler.step(out, t, x, return_dict=False)[0]
+        assert handle.counts() == (4, 8)

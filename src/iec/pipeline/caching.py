@@ -169,9 +169,12 @@ def _owns(model: Any, state: IECState, args: tuple[Any, ...], kwargs: dict[str, 
     if run.index < 0:  # no step taken yet: a loop may begin where it likes
         return True
     names = list(inspect.signature(type(model).forward).parameters)[1:]
-    given = torch.as_tensor((dict(zip(names, args, strict=False)) | kwargs)["timestep"]).reshape(-1)[0]
-    value = torch.tensor(run.values[tick.step]).to(given)
+    # For videos from a picture there is one per token: the run's, or another where the picture is kept.
+    given = torch.as_tensor((dict(zip(names, args, strict=False)) | kwargs)["timestep"]).reshape(-1)
+    value = torch.tensor(run.values[tick.step])
+    wanted = [value.to(given)]
     if given.is_floating_point():  # Flux and its kin are given thousandths, Sana a multiple of its own
         scale = getattr(getattr(model, "config", None), "timestep_scale", 1.0)
-        return bool((given == torch.stack([value, value / 1000, value * scale])).any())
-    return bool(given == value)
+        # rounded before (Flux) and after the division (AuraFlow)
+        wanted += [wanted[0] / 1000, (value / 1000).to(given), wanted[0] * scale]
+    return bool((given[:, None] == torch.stack(wanted)).any())

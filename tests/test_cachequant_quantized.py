@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,22 @@ def test_takers_are_regressed_without_their_bias(pipe: Any, made: iec.Calibratio
         ours = found.parts[0].gain[step].double() * x + found.bias[step].double()
         torch.testing.assert_close(ours.mean(0), (y + bias).mean(0), rtol=0, atol=1e-5)
     assert min(released) > 2e-5 and max(released) > 1e-4
+
+
+def test_a_bias_that_was_corrected_is_not_corrected_twice(pipe: Any) -> None:
+    """A layer in one part is compensated as a whole, so what bias_correction="all" did before makes no difference."""
+    found = {}
+    for correction in ("all", "none"):
+        config = iec.QuantConfig(output_correction="none", bias_correction=correction, split=False, **QUICK)
+        made = iec.calibrate(pipe, config, CACHE, **ONE_BATCH)
+        assert made.quant is not None
+        found[correction] = made.quant.layers[f"unet.{taker(pipe.unet)}.conv_shortcut"]
+    plain = iec.calibrate(pipe, dataclasses.replace(config, bias_correction="all"), **ONE_BATCH).quant
+    assert plain is not None
+    layer = f"unet.{taker(pipe.unet)}.conv_shortcut"
+    corrected = (plain.layers[layer].bias - pipe.unet.get_submodule(layer[5:]).bias).abs().mean()
+    difference = (found["all"].bias - found["none"].bias).abs().mean()
+    assert difference < 0.3 * corrected, (difference, corrected)
 
 
 @pytest.mark.parametrize(

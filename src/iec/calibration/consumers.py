@@ -45,6 +45,11 @@ class Consumer:
         given = x[:, : self.part.end]
         self.moments.update(self.rounded(given, step), self.plain(given), step)
 
+    def mean_error(self) -> Tensor:
+        """Full precision minus rounded, the mean over all steps: float64 (out,)."""
+        share = self.moments.count.double() / self.moments.count.sum()
+        return share @ self.moments.shift().offset
+
 
 class Consumers(Passage):
     """The moments of the layers that take the feature, over samples.
@@ -121,6 +126,8 @@ class Consumers(Passage):
             fit, layer = consumer.moments.fit(), layers[name]
             own = layer.bias if layer.bias is not None else consumer.module.bias
             bias = fit.offset + (0 if own is None else own.detach().double().cpu())
+            if layer.bias is not None:  # which makes up for the mean of this part too, as the offset does
+                bias = bias - consumer.mean_error()
             first = dataclasses.replace(consumer.part, gain=fit.gain.float())
             layers[name] = QuantizedLayer(layer.kind, (first, *layer.parts[1:]), bias.float())
         return dataclasses.replace(quant, layers=layers)

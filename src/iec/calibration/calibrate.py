@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import os
@@ -51,8 +52,8 @@ def calibrate(
     Samples the seeds `seed` … `seed + num_samples − 1`; `kwargs` go to the pipeline (prompts and class labels may be lists with
     one entry per sample). The samples are gone through several times, in full precision, each denoiser evaluation being looked
     at: for the cached features (one evaluation), the activations (two; three at reuse steps), the compensation of rounding where
-    the cached feature is taken (one and a reuse pass), the output of the quantized model (two). Memory does not grow with samples
-    or steps.
+    the cached feature is taken (one and a reuse pass), the output of the quantized model (two). Memory does not grow with
+    samples, and with steps by a few numbers per layer and channel only.
 
     Args:
         quant: what to quantize and how; the default is W8A8, or nothing where `cache` is given.
@@ -189,8 +190,6 @@ class _Sampling:
 
 def _steps(pipe: Any, num_inference_steps: int) -> int:
     """The length of the scheduler's list, which is not always the number asked for (Heun, PNDM)."""
-    import copy
-
     scheduler = copy.deepcopy(pipe.scheduler)
     try:
         scheduler.set_timesteps(num_inference_steps)

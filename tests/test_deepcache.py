@@ -165,13 +165,17 @@ def test_the_first_step_of_a_run_is_whole_wherever_it_begins() -> None:
 
 
 @pytest.mark.parametrize("other", [tiny.noise(3, 3, 8, 8), tiny.noise(2, 3, 16, 16), tiny.noise(2, 3, 8, 8).double()])
-def test_another_kind_of_sample_is_refused(other: Tensor) -> None:
-    model, x = unet(), tiny.noise(2, 3, 8, 8)
+def test_another_kind_of_sample_is_a_whole_pass(other: Tensor) -> None:
+    """Its feature is then the one that is reused."""
+    model = unet()
     with AtStep(model, iec.DeepCache()) as at:
-        whole = at(0, x)
-        with pytest.raises(RuntimeError, match="must stay the same during a run"):
-            at(1, other)
-        torch.testing.assert_close(at(1, x), whole, atol=1e-6, rtol=1e-6)  # the refused call left nothing behind
+        at(0, tiny.noise(2, 3, 8, 8))
+        model.to(other.dtype)
+        with torch.no_grad():
+            whole = at.cache.cut.evaluate(model.forward, (other, 400), {}).sample
+        assert torch.equal(at(1, other), whole)
+        torch.testing.assert_close(at(2, other), whole, atol=1e-6, rtol=1e-6)
+        assert (at.cache.refreshed, at.cache.reused) == (2, 1)
 
 
 def test_several_calls_in_a_step_have_a_feature_each() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from diffusers.callbacks import SDCFGCutoffCallback
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.models.unets.unet_2d_blocks import KUpBlock2D
 from torch import Tensor
@@ -458,3 +459,21 @@ def test_two_threads_do_not_see_each_other() -> None:
         assert len(found) == 4 and torch.equal(found[3], other) and torch.equal(found[2], found[0])
         assert torch.equal(call(z), other)  # what was said held for one pass
     cut.remove()
+
+
+def test_guidance_that_is_cut_off() -> None:
+    """The batch halves between two refresh steps: the next pass is whole, those that follow reuse its feature."""
+    case = tiny.CASES["sd"]
+    pipe = case.build()
+    cut_off = SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=4)
+    given = {"prompt": "a cat", "height": 16, "width": 16, "num_inference_steps": 9, "output_type": "latent"}
+    given |= {"callback_on_step_end": cut_off, "callback_on_step_end_tensor_inputs": cut_off.tensor_inputs}
+
+    def call() -> Tensor:
+        return pipe(**given, generator=tiny.seeds(1)).images
+
+    plain = call()
+    with iec.cache(pipe, iec.DeepCache(interval=3)) as handle:
+        cached = call()
+        assert handle.counts() == (4, 5)  # whole at 0, 3, 5 and 6
+        assert 0 < (cached - plain).norm() < 0.5 * plain.norm()

@@ -46,7 +46,8 @@ class FeatureCache:
     A pass is whole when the clock is stopped, at a refresh step, at the first step of a run, and at every correction;
     all but the first replace the feature, so reuse follows the last correction (METHOD 1.4). Models that are called
     several times in one visit (guidance without batching) have one feature per call; a further call that the last visit
-    with a whole pass did not make (guidance that begins between two of them) is a whole pass as well.
+    with a whole pass did not make (guidance that begins between two of them) is a whole pass as well, and so is a call with a
+    sample of another shape, dtype or device (guidance in one batch that ends between two of them).
 
     Raises ValueError where the model carries a cache already.
     """
@@ -114,7 +115,7 @@ class FeatureCache:
         sample = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
         kind = (tuple(sample.shape), sample.dtype, sample.device)
         call, held = self._calls, self.features.get(self._calls)
-        further = held is None and call > 0
+        further = call > 0 if held is None else held.sample != kind
         if tick.correction or tick.step in self._refresh or tick.step == run.begin or further:
             self.cut.whole(lambda feature: self._capture(call, Held(feature, tick.step, kind)))
             return
@@ -122,11 +123,6 @@ class FeatureCache:
             raise RuntimeError(
                 f"step {tick.step} should reuse a feature, but no whole pass of this run has left one; the model must be "
                 "called in the order of the scheduler's timesteps"
-            )
-        if held.sample != kind:
-            raise RuntimeError(
-                f"step {tick.step} should reuse a feature computed from a sample {_named(held.sample)}, but "
-                f"the sample is {_named(kind)}; shape, dtype and device must stay the same during a run"
             )
         given = held.feature
         self.cut.reuse(given if self.compensate is None else self.compensate(tick.step, given, held.step))
@@ -142,8 +138,3 @@ class FeatureCache:
         if output is not None and self.cut.passing:
             self._calls += 1
             self.reused += self.cut.reusing
-
-
-def _named(kind: tuple[Any, ...]) -> str:
-    shape, dtype, device = kind
-    return f"{shape} of {dtype} on {device}"

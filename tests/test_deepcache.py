@@ -219,6 +219,7 @@ def test_a_pass_that_failed_can_be_taken_again() -> None:
         hook.remove()
         assert torch.equal(at(5, x), whole)
         torch.testing.assert_close(at(6, x), whole, atol=1e-6, rtol=1e-6)
+        assert (at.cache.refreshed, at.cache.reused) == (2, 1)
 
 
 def test_removal_restores_every_forward() -> None:

@@ -71,6 +71,7 @@ class FeatureCache:
         self._refresh = CachePlan((0,), 1)
         self._tick: Tick | None = None
         self._calls = 0
+        self._captured = False  # whether the pass under way has left its feature
         self._removers: list[Callable[[], None]] = []
 
     @property
@@ -112,6 +113,7 @@ class FeatureCache:
             return
         if tick != self._tick:
             self._tick, self._calls = tick, 0
+        self._captured = False
         sample = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
         kind = (tuple(sample.shape), sample.dtype, sample.device)
         call, held = self._calls, self.features.get(self._calls)
@@ -131,10 +133,11 @@ class FeatureCache:
         if call == 0:
             self.features.clear()  # what the visit before left for further calls is older than this pass
         self.features[call] = held
-        self.refreshed += 1
+        self._captured = True
 
     def _end(self, output: Any) -> None:
         """After a pass; also after one that failed, whose output is None and which its caller may take again."""
         if output is not None and self.cut.passing:
             self._calls += 1
+            self.refreshed += self._captured
             self.reused += self.cut.reusing

@@ -114,6 +114,8 @@ class Features(Passage):
 def cut_of(models: dict[str, Any], config: CacheQuant) -> tuple[str, Cut]:
     """The one denoiser, and where it is cut. Raises TypeError where there are several, or it cannot be cut."""
     if len(models) != 1:
-        raise TypeError(f"the pipeline has several denoisers ({', '.join(models)}); a cache takes one")
+        raise TypeError(
+            f"the pipeline has several denoisers ({', '.join(models)}); a cache takes one; leave it out for this pipeline"
+        )
     ((component, model),) = models.items()
     return component, Cut(model, config.locate(model))

@@ -24,7 +24,8 @@ class Caching:
         models = {name: gate.module for name, gate in held.gates.items()}
         if len(models) != 1:
             raise TypeError(
-                f"{type(held.pipe).__name__} has several denoisers ({', '.join(models)}); a cache takes one"
+                f"{type(held.pipe).__name__} has several denoisers ({', '.join(models)}); a cache takes one; leave it out for "
+                "this pipeline"
             )
         state = held.state
         self.held, self.config, self.calibration = held, config, calibration

@@ -28,6 +28,7 @@ from iec.evaluate.sampling import sample, with_scheduler
 
 MODEL, STEPS, SHARD = "fashion-mnist", 100, 50
 ROOT = Path("out/quality")
+RESAMPLES = 200  # of the bootstrap over seeds
 BRANCH = 0  # of the caches: little is recomputed, as in the paper's latent models
 
 
@@ -114,76 +115,83 @@ def centred(point: float, resampled: np.ndarray) -> list[float]:
     return [float(point + low), float(point + high)]
 
 
-def table(arms: list[str], num: int, root: Path, resamples: int = 200) -> list[dict[str, Any]]:
-    """Metrics of each arm that has `num` images, with 95 % intervals over seeds; all arms are resampled alike."""
-    network, reference = load_features(MODEL), load_reference(MODEL, "train")
-    arms = [arm for arm in arms if len(list(folder(arm, root).glob("*.npy"))) * SHARD >= num]
-    images = {arm: images_of(arm, root)[:num] for arm in arms}
-    fine = images_of("fine", root)
-    features = {arm: extract(network, images[arm])[0] for arm in arms}
-    draws = [torch.from_numpy(np.random.default_rng(i).integers(num, size=num)) for i in range(resamples)]
+class Measured:
+    """An arm's metrics, each with its resamples: over the same seeds for all arms, so that differences are paired."""
 
-    def fid(arm: str, rows: torch.Tensor | slice) -> float:
-        return frechet_distance(Moments.of(features[arm][rows]), reference.moments)
+    def __init__(self, arm: str, images: torch.Tensor, targets: dict[str, torch.Tensor], network: Any) -> None:
+        self.arm, count = arm, len(images)
+        features = extract(network, images)[0]
+        self.kid = kernel_distance(features, load_reference(MODEL, "test").features, seed=0)
+        train = load_reference(MODEL, "train").moments
 
-    resampled = {arm: np.array([fid(arm, rows) for rows in draws]) for arm in arms}
+        def fid(rows: Any) -> float:
+            return frechet_distance(Moments.of(features[rows]), train)
+
+        draws = [torch.from_numpy(np.random.default_rng(i).integers(count, size=count)) for i in range(RESAMPLES)]
+        self.points = {"fid": fid(slice(None))}
+        self.resampled = {"fid": np.array([fid(rows) for rows in draws])}
+        self.spread: dict[str, list[float]] = {}
+        for name, target in targets.items():
+            seen = min(count, len(target))
+            errors = ((images[:seen].float() - target[:seen].float()) / 255).square().flatten(1).mean(1).numpy()
+            rows = [np.random.default_rng(i).integers(seen, size=seen) for i in range(RESAMPLES)]
+            self.points[name] = float(np.sqrt(errors.mean()))
+            self.resampled[name] = np.array([np.sqrt(errors[row].mean()) for row in rows])
+            self.spread[name] = np.sqrt(np.quantile(errors, [0.5, 0.9])).tolist()
+        self.brighter = float(images.float().mean() - targets["full"][:count].float().mean()) / 255
+
+    def interval(self, metric: str, other: Measured | None = None) -> list[float]:
+        """The metric, or its difference to that of another arm, and 95 % about it."""
+        point, resampled = self.points[metric], self.resampled[metric]
+        if other is not None:
+            point, resampled = point - other.points[metric], resampled - other.resampled[metric]
+        return [point, *centred(point, resampled)]
+
+
+def table(arms: list[str], num: int, root: Path, against: str) -> list[dict[str, Any]]:
+    """Metrics of the arms, those that have `num` images, and their differences to `against` and to themselves without IEC."""
+    network, full = load_features(MODEL), images_of("ddim:100", root)[:num]
+    targets = {"rmse_fine": images_of("fine", root), "full": full}
+    wanted = dict.fromkeys([*arms, against, *(arm.partition("+")[0] for arm in arms)])
+    ready = [arm for arm in wanted if len(list(folder(arm, root).glob("*.npy"))) * SHARD >= num]
+    measured = {arm: Measured(arm, images_of(arm, root)[:num], targets, network) for arm in ready}
     lines = []
-    for arm in arms:
-        point = fid(arm, slice(None))
-        kid = kernel_distance(features[arm], load_reference(MODEL, "test").features, seed=0)
-        line: dict[str, Any] = {"arm": arm, "images": num, "fid": point, "fid_interval": centred(point, resampled[arm])}
-        line |= {"kid": kid.mean, "kid_deviation": kid.std}
-        for other in ("ddim:100", "w4a8", arm.partition("+")[0]):
-            if other in arms and other != arm:
-                gap = point - fid(other, slice(None))
-                line[f"fid_minus_{other}"] = [gap, *centred(gap, resampled[arm] - resampled[other])]
-        for name, target in (("fine", fine), ("full", images.get("ddim:100"))):
-            if target is not None and name != arm:
-                count = min(num, len(target))
-                errors = (
-                    ((images[arm][:count].float() - target[:count].float()) / 255).square().flatten(1).mean(1).numpy()
-                )
-                sampled = [
-                    np.sqrt(errors[np.random.default_rng(i).integers(count, size=count)].mean()) for i in range(1000)
-                ]
-                low, high = np.quantile(sampled, [0.025, 0.975])
-                line[f"rmse_{name}"] = [float(np.sqrt(errors.mean())), float(low), float(high), count]
-                line[f"rmse_{name}_median_and_90_percent"] = np.sqrt(np.quantile(errors, [0.5, 0.9])).tolist()
-                line[f"brighter_than_{name}"] = (
-                    float(images[arm][:count].float().mean() - target[:count].float().mean()) / 255
-                )
+    for arm in (arm for arm in arms if arm in measured):
+        of, line = measured[arm], {"arm": arm, "images": num}
+        line |= {"kid": of.kid.mean, "kid_deviation": of.kid.std, "brighter_than_full": of.brighter}
+        line |= {"full_median_and_90_percent": of.spread["full"]}
+        for metric in of.points:
+            line[metric] = of.interval(metric)
+            for what, other in (("against", against), ("without", arm.partition("+")[0])):
+                if other in measured and other != arm:
+                    line[f"{metric}_{what}"] = of.interval(metric, measured[other])
         lines.append(line)
     return lines
 
 
-def markdown(lines: list[dict[str, Any]]) -> str:
-    """The table for people: every arm's FID and KID, its FID less that of `ddim:100` and of itself without IEC, RMSEs."""
-    rows = ["| arm | FID | − `ddim:100` | − without IEC | KID × 10³ | RMSE to fine | RMSE to full, median, 90 % |"]
-    rows.append("|---|---:|---:|---:|---:|---:|---:|")
+def markdown(lines: list[dict[str, Any]], against: str) -> str:
+    """The table for people."""
+    heads = ["arm", "FID", f"− `{against}`", "− without IEC", "KID × 10³", "RMSE to fine", f"− `{against}`"]
+    heads += ["RMSE to full", f"− `{against}`", "its median, 90 %"]
+    rows = [heads, ["---", *["---:"] * (len(heads) - 1)]]
 
     def told(values: list[float] | None, digits: int) -> str:
-        return "–" if values is None else "{0:.{3}f} [{1:.{3}f}, {2:.{3}f}]".format(*values[:3], digits)
+        return "–" if values is None else "{0:.{3}f} [{1:.{3}f}, {2:.{3}f}]".format(*values, digits)
 
     for line in lines:
-        base = line["arm"].partition("+")[0]
-        spread = line.get("rmse_full_median_and_90_percent", [0.0, 0.0])
-        cells = [
-            f"`{line['arm']}`",
-            told([line["fid"], *line["fid_interval"]], 1),
-            told(line.get("fid_minus_ddim:100"), 1),
-            told(line.get(f"fid_minus_{base}") if base != line["arm"] else None, 1),
-            f"{line['kid']:.2f} ± {line['kid_deviation']:.2f}",
-            told(line.get("rmse_fine"), 3),
-            f"{told(line.get('rmse_full'), 3)}, {spread[0]:.3f}, {spread[1]:.3f}",
-        ]
-        rows.append(f"| {' | '.join(cells)} |")
-    return "\n".join(rows)
+        fids = [told(line.get(key), 1) for key in ("fid", "fid_against", "fid_without")]
+        kid = f"{line['kid']:.2f} ± {line['kid_deviation']:.2f}"
+        errors = [told(line.get(key), 3) for key in ("rmse_fine", "rmse_fine_against", "full", "full_against")]
+        spread = ", ".join(f"{value:.3f}" for value in line["full_median_and_90_percent"])
+        rows.append([f"`{line['arm']}`", *fids, kid, *errors, spread])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("action", choices=["sample", "table"])
     parser.add_argument("--arm", action="append", default=[])
+    parser.add_argument("--against", default="ddim:100", help="the arm that the others are compared with in the table")
     parser.add_argument("--num", type=int, default=2000)
     parser.add_argument("--batch-size", type=int, default=25)
     parser.add_argument("--root", type=Path, default=ROOT)
@@ -192,9 +200,9 @@ def main() -> None:
         for arm in options.arm:
             run(arm, options.num, options.batch_size, options.root)
     else:
-        lines = table(options.arm, options.num, options.root)
+        lines = table(options.arm, options.num, options.root, options.against)
         write_json(options.root / "table.json", lines)
-        print(markdown(lines))
+        print(markdown(lines, options.against))
 
 
 if __name__ == "__main__":

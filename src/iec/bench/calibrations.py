@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 from iec.artifact.calibration import Calibration
@@ -17,12 +18,15 @@ SAMPLES = 16  # where none is bundled
 
 
 def calibration_name(arm: Arm) -> str:
-    """What an arm needs: field, steps, the scheduler if it is not the model's own, and the interval of a CacheQuant.
+    """What an arm needs: field, steps, the scheduler if it is not the model's own, and the options of a CacheQuant.
 
     "w8a8-60-euler", "w8a8-50-cachequant5".
     """
     kind = "" if arm.scheduler is None else f"-{arm.scheduler.removesuffix('DiscreteScheduler').lower()}"
-    cache = f"-cachequant{arm.cache.interval}" if isinstance(arm.cache, CacheQuant) else ""
+    cache = ""
+    if isinstance(arm.cache, CacheQuant):
+        others = [f for f in fields(CacheQuant) if f.name != "interval" and getattr(arm.cache, f.name) != f.default]
+        cache = f"-cachequant{arm.cache.interval}" + "".join(f"-{f.name}-{getattr(arm.cache, f.name)}" for f in others)
     return f"{arm.quant or 'float'}-{arm.num_inference_steps}{kind}{cache}"
 
 

@@ -94,7 +94,8 @@ def calibrate(
     options = [None if given is None else given.as_dict() for given in (config, cache, reconstruct)]
     key = fingerprint.plain([repr(about(pipe)), num_inference_steps, *options])
     sampling = _Sampling(pipe, calls, Journal(checkpoint_path, key), progress, seed, num_samples)
-    num_steps = _steps(pipe, num_inference_steps)
+    own = next((kwargs[key] for key in ("timesteps", "sigmas") if kwargs.get(key) is not None), None)
+    num_steps = _steps(pipe, num_inference_steps) if own is None else len(own)
     with switching:
         held = installation(pipe)
     tables, quantization = None, None

@@ -259,31 +259,54 @@ from tiny import CASES
 
 def progress(what, done, total):
     print(what, done, flush=True)
-    if (what, done) == ("outputs", 4):
+    if (what, done) == {last!r}:
         time.sleep(600)
 
-config = iec.QuantConfig(**{quick!r})
-iec.calibrate(CASES["ddim"].build(), config, checkpoint_path={file!r}, progress=progress, **{settings!r})
+options = eval({options!r}, {{"iec": iec}})
+iec.calibrate(CASES["ddim"].build(), checkpoint_path={file!r}, progress=progress, **options, **{settings!r})
 """
+# what is calibrated, what a run tells until it is killed, and what is left to tell
+KILLED = {
+    "outputs": (
+        f"dict(quant=iec.QuantConfig(**{QUICK!r}))",
+        ["samples 2", "samples 4", "samples 6", "outputs 2", "outputs 4"],
+        ["outputs 6"],
+    ),
+    "reconstruction under a cache": (
+        "dict(quant=iec.QuantConfig(weight_bits=4, layers='up_blocks.1.*', products=False, output_correction='none', "
+        "weight_method='max', act_method='max'), cache=iec.CacheQuant(2, schedule='uniform'), "
+        "reconstruct=iec.Reconstruction(iters=3, num_tuples=18, batch_size=4))",
+        [*(f"features {n}" for n in (2, 4, 6)), *(f"samples {n}" for n in (2, 4, 6)), "reconstruction 1"],
+        ["reconstruction 2"],
+    ),
+}
 
 
-def test_kill_nine_loses_nothing_but_the_batch_under_way(pipe: Any, whole: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", KILLED)
+def test_kill_nine_loses_nothing_but_the_piece_under_way(pipe: Any, case: str, tmp_path: Path) -> None:
     """The models of `tiny` are the same in every process, so the checkpoint of one that was killed fits here."""
-    file = tmp_path / "checkpoint.safetensors"
-    code = VICTIM.format(tests=str(Path(__file__).parent), file=str(file), settings=SETTINGS, quick=QUICK)
+    options, before, after = KILLED[case]
+    file, last = tmp_path / "checkpoint.safetensors", before[-1].split()
+    code = VICTIM.format(
+        tests=str(Path(__file__).parent),
+        file=str(file),
+        settings=SETTINGS,
+        options=options,
+        last=(last[0], int(last[1])),
+    )
     victim = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert victim.stdout is not None
-    told = [victim.stdout.readline().strip() for _ in range(5)]
-    assert told == ["samples 2", "samples 4", "samples 6", "outputs 2", "outputs 4"]
+    assert [victim.stdout.readline().strip() for _ in before] == before
     os.kill(victim.pid, signal.SIGKILL)
     assert victim.wait(timeout=30) == -signal.SIGKILL
     victim.stdout.close()
-    left: list[tuple[str, int]] = []
+    left: list[str] = []
+    asked = eval(options, {"iec": iec})
     resumed = iec.calibrate(
-        pipe, TWICE, checkpoint_path=file, progress=lambda what, done, _: left.append((what, done)), **SETTINGS
+        pipe, checkpoint_path=file, progress=lambda what, done, _: left.append(f"{what} {done}"), **asked, **SETTINGS
     )
-    assert left == [("outputs", 6)]
-    assert same(resumed.quant, whole.quant)
+    assert left == after
+    assert same(resumed.quant, iec.calibrate(pipe, **asked, **SETTINGS).quant)
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

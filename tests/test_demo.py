@@ -15,12 +15,12 @@ from PIL import Image
 import iec
 from iec.artifact.calibration import Calibration
 from iec.artifact.describe import bundled
-from iec.bench.arms import Arm, Outcome, rescheduled, run_arm
-from iec.bench.calibrations import calibration_name
+from iec.bench.arms import Outcome, run_arm
 from iec.bench.demo import ARMS, demo
 from iec.bench.page import mib, spent
 from iec.bench.reading import reading
 from iec.caches import DeepCache
+from iec.evaluate.arms import Arm, calibration_name, rescheduled
 from iec.evaluate.sampling import sample
 from iec.pipeline.models import calibrations
 from iec.pipeline.origin import origin

@@ -1,46 +1,24 @@
-"""An arm: one way to sample from a pipeline. Arms of one comparison share the model, the seeds and the sampling code."""
+"""An arm run and compared: its images, what they cost, how close they are to a reference."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
 from iec.artifact.calibration import Calibration
-from iec.caches import CacheQuant, DeepCache
+from iec.evaluate.arms import Arm, prepared
 from iec.evaluate.metrics import fidelity
-from iec.evaluate.sampling import measure, sample, with_scheduler
+from iec.evaluate.sampling import measure, sample
 from iec.pipeline.adapters import denoisers
-from iec.pipeline.caching import cache
-from iec.pipeline.installation import installed, undo
-from iec.pipeline.quantizing import quantize, quantized
-from iec.pipeline.session import enable, summary
+from iec.pipeline.installation import installed
+from iec.pipeline.quantizing import quantized
+from iec.pipeline.session import summary
 
-Kind = Literal["reference", "plain", "corrected", "control"]
 WARM_UP = 2  # evaluations of each arm before it is timed
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One way to sample: `scheduler` is a diffusers class name (None: the pipeline's own), `quant` the field of a quantized
-    denoiser ("w8a8"; None: as it is), `steps` a correction plan."""
-
-    name: str
-    kind: Kind
-    num_inference_steps: int
-    scheduler: str | None = None
-    quant: str | None = None
-    cache: DeepCache | CacheQuant | None = None
-    steps: str | None = None
-    relax: tuple[float, ...] = (0.5,)
-
-    @property
-    def calibrated(self) -> bool:
-        """Whether it needs a calibration."""
-        return self.quant is not None or isinstance(self.cache, CacheQuant)
 
 
 @dataclass(frozen=True)
@@ -62,32 +40,6 @@ class Outcome:
     fid: float | None = None
 
 
-@contextlib.contextmanager
-def prepared(pipe: Any, arm: Arm, calibration: Calibration | None = None) -> Iterator[Any]:
-    """A pipeline as the arm wants it, with the weights of `pipe`; afterwards these are what they were.
-
-    Raises ValueError for an arm that needs a calibration without one.
-    """
-    pipe = rescheduled(pipe, arm)
-    try:
-        if arm.calibrated and calibration is None:
-            raise ValueError(f"{arm.name!r} is quantized, or cached by CacheQuant, so it needs a calibration")
-        if arm.quant is not None and calibration is not None:
-            quantize(pipe, calibration)
-        if arm.cache is not None:
-            cache(pipe, arm.cache, calibration if isinstance(arm.cache, CacheQuant) else None)
-        if arm.steps is not None:
-            enable(pipe, steps=arm.steps, relax=arm.relax)
-        yield pipe
-    finally:
-        undo(pipe)
-
-
-def rescheduled(pipe: Any, arm: Arm) -> Any:
-    """`pipe`, or one with its components and the scheduler of the arm."""
-    return pipe if arm.scheduler is None else with_scheduler(pipe, arm.scheduler)
-
-
 def run_arm(
     pipe: Any,
     arm: Arm,
@@ -104,7 +56,7 @@ def run_arm(
     with prepared(pipe, arm, calibration) as ready:
         _warm_up(ready, arm, seeds[:batch_size])
         with measure(ready) as cost:
-            images = sample(ready, seeds, arm.num_inference_steps, batch_size)
+            images = sample(ready, seeds, arm.num_inference_steps, batch_size, **arm.kwargs)
         reused = summary(ready).reused or 0
         part = quantized(installed(ready))
         weights, kernel = _weights(ready, part.calibration if part else None), part.kernel if part else None
@@ -131,7 +83,7 @@ def _warm_up(pipe: Any, arm: Arm, seeds: Sequence[int]) -> None:
     handles = [model.register_forward_pre_hook(count) for model in denoisers(pipe).values()]
     try:
         with contextlib.suppress(_Warm):
-            sample(pipe, seeds, arm.num_inference_steps, len(seeds))
+            sample(pipe, seeds, arm.num_inference_steps, len(seeds), **arm.kwargs)
     finally:
         for handle in handles:
             handle.remove()

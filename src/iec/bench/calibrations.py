@@ -3,31 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
 from typing import Any
 
 from iec.artifact.calibration import Calibration
-from iec.bench.arms import Arm, rescheduled
-from iec.caches import CacheQuant
 from iec.calibration.calibrate import calibrate
+from iec.evaluate.arms import Arm, calibration_name, calibration_options, rescheduled
 from iec.pipeline.models import calibrations
-from iec.quant.config import QuantConfig
 
-FIELDS = {"w8a8": QuantConfig()}
 SAMPLES = 16  # where none is bundled
-
-
-def calibration_name(arm: Arm) -> str:
-    """What an arm needs: field, steps, the scheduler if it is not the model's own, and the options of a CacheQuant.
-
-    "w8a8-60-euler", "w8a8-50-cachequant5".
-    """
-    kind = "" if arm.scheduler is None else f"-{arm.scheduler.removesuffix('DiscreteScheduler').lower()}"
-    cache = ""
-    if isinstance(arm.cache, CacheQuant):
-        others = [f for f in fields(CacheQuant) if f.name != "interval" and getattr(arm.cache, f.name) != f.default]
-        cache = f"-cachequant{arm.cache.interval}" + "".join(f"-{f.name}-{getattr(arm.cache, f.name)}" for f in others)
-    return f"{arm.quant or 'float'}-{arm.num_inference_steps}{kind}{cache}"
 
 
 class Calibrations:
@@ -56,9 +39,7 @@ class Calibrations:
         self.making(arm)
         return calibrate(
             rescheduled(self.pipe, arm),
-            None if arm.quant is None else FIELDS[arm.quant],
-            arm.cache if isinstance(arm.cache, CacheQuant) else None,
-            num_inference_steps=arm.num_inference_steps,
+            **calibration_options(arm),
             num_samples=SAMPLES,
             batch_size=self.batch_size,
             seed=self.seed,

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from iec.artifact.files import replacing, write_json, write_text
-from iec.bench.arms import Arm, Outcome, run_arm
+from iec.bench.arms import Outcome, run_arm
 from iec.bench.calibrations import Calibrations
 from iec.bench.page import comparison_grid, page
 from iec.caches import CacheQuant, DeepCache
+from iec.evaluate.arms import Arm
 from iec.evaluate.features import feature_networks
 from iec.evaluate.reference import domain_metrics
 from iec.pipeline.models import load

@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import asdict, fields
+from decimal import Decimal
 from typing import Any
 
 from iec.caches.cachequant import CacheQuant
@@ -60,6 +61,26 @@ def parse(text: str, calibrated: dict[str, Any] | None = None) -> DeepCache | Ca
         given.add(key)
         values[key] = _read(value, key, *_OPTIONS[key], text)
     return kind(**values)
+
+
+def spell(config: DeepCache | CacheQuant) -> str:
+    """Write a cache in the grammar, the interval always and other options where they are not the defaults.
+
+    The same text for equal caches; `parse` reads it back.
+    """
+    name = next(key for key, kind in KINDS.items() if type(config) is kind)
+    options = [
+        f"{field.name}={_written(getattr(config, field.name))}"
+        for field in fields(config)
+        if field.name != "interval" and getattr(config, field.name) != field.default
+    ]
+    return ",".join([f"{name}:{config.interval}", *options])
+
+
+def _written(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "-".join(format(Decimal(repr(edge)), "f") for edge in value)  # 1e-05 would be read as a range
+    return "".join(str(value).lower().split())
 
 
 def _read(value: str, what: str, reader: Callable[[str], Any], expected: str, text: str) -> Any:

@@ -3,6 +3,7 @@
 from iec.plan.cache import CachePlan, check_interval
 from iec.plan.clock import StepClock, Tick
 from iec.plan.correction import PRESETS, CorrectionPlan, Relaxation, parse, resolve, resolve_relaxation, spell
+from iec.plan.probe import Probe, parse_probe
 from iec.plan.schedules import (
     Bounds,
     Schedule,
@@ -23,6 +24,7 @@ __all__ = [
     "Bounds",
     "CachePlan",
     "CorrectionPlan",
+    "Probe",
     "Relaxation",
     "Schedule",
     "StepClock",
@@ -35,6 +37,7 @@ __all__ = [
     "dps",
     "make_plan",
     "parse",
+    "parse_probe",
     "parse_schedule",
     "quadratic",
     "resolve",

@@ -8,8 +8,8 @@ from __future__ import annotations
 import argparse
 
 import iec
-from iec.evaluate.metrics import fidelity
 from iec.evaluate.sampling import sample
+from iec.evaluate.similarity import fidelity
 
 
 def main() -> None:

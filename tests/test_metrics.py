@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from iec.evaluate.metrics import Moments, fidelity, frechet_distance, inception_score, kernel_distance, psnr, rmse
+from iec.evaluate.metrics import Moments, frechet_distance, inception_score, kernel_distance
+from iec.evaluate.similarity import fidelity, psnr, rmse
 
 # Activations, probabilities, and the FID and IS that the evaluator of guided-diffusion (run on CPU) gave for them.
 ORACLE = Path(__file__).parent / "data" / "metrics_oracle.npz"

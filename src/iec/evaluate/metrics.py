@@ -1,61 +1,15 @@
-"""How far images are from others: same-seed differences, and distances between sets of features.
+"""Distances between sets of features: Fréchet distance (FID, sFID), KID, and the Inception score.
 
-Images are tensors (N, C, H, W): uint8 (0..255) or floats in 0..1; the two sides of a comparison may differ in that.
 All arithmetic is float64. No distance is comparable across feature networks: name the network and N beside the number.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-
-
-def _unit(images: torch.Tensor) -> torch.Tensor:
-    """Images as float64 in 0..1."""
-    if images.ndim != 4:
-        raise ValueError(f"images have the shape {tuple(images.shape)}, expected (N, C, H, W)")
-    if images.dtype == torch.uint8:
-        return images.double() / 255
-    if not images.is_floating_point():
-        raise TypeError(f"images are {images.dtype}, expected uint8 or floats in 0..1")
-    unit = images.double()
-    if not bool(((unit >= 0) & (unit <= 1)).all()):  # false for NaN too
-        raise ValueError("float images have values outside 0..1 (or NaN); bring them to 0..1, or give uint8")
-    return unit
-
-
-def _mean_squares(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    if a.shape != b.shape or len(a) == 0:
-        raise ValueError(f"images of {tuple(a.shape)} and {tuple(b.shape)}: expected two equal, non-empty shapes")
-    return (_unit(a) - _unit(b)).square().mean(dim=(1, 2, 3))
-
-
-def rmse(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Root mean square difference of each image pair (N,), float64, in 0..1 (1 is black against white)."""
-    return _mean_squares(a, b).sqrt()
-
-
-def psnr(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Peak signal-to-noise ratio of each image pair (N,) in dB: -20 log10(rmse), peak 1; infinite for equal images."""
-    return -20 * rmse(a, b).log10()
-
-
-class Fidelity(NamedTuple):
-    """`rmse`: mean of the images' RMSE. `psnr`: dB from the mean square error over all images, -10 log10(mean MSE).
-
-    The mean square is taken before the logarithm, so one image that is equal on both sides does not make it infinite.
-    """
-
-    rmse: float
-    psnr: float
-
-
-def fidelity(a: torch.Tensor, b: torch.Tensor) -> Fidelity:
-    """Same-seed difference between two sets of images, in two numbers."""
-    squares = _mean_squares(a, b)
-    return Fidelity(squares.sqrt().mean().item(), -10 * squares.mean().log10().item())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +53,7 @@ class Moments:
         return self.scatter / (self.count - 1)
 
 
-def _root(matrix: torch.Tensor) -> torch.Tensor:
+def square_root(matrix: torch.Tensor) -> torch.Tensor:
     """Square root of a symmetric positive semi-definite matrix; eigenvalues negative by rounding count as zero."""
     values, vectors = torch.linalg.eigh(matrix)
     return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
@@ -114,7 +68,7 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     if a.mean.shape != b.mean.shape:
         raise ValueError(f"features of {len(a.mean)} and {len(b.mean)} dimensions cannot be compared")
     first, second = a.covariance(), b.covariance()
-    root = _root(first)
+    root = square_root(first)
     product = root @ second @ root
     cross = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
     distance = (a.mean - b.mean).square().sum() + first.trace() + second.trace() - 2 * cross
@@ -133,6 +87,20 @@ def _estimate(values: list[torch.Tensor]) -> Estimate:
     return Estimate(stacked.mean().item(), stacked.std(correction=0).item())
 
 
+def polynomial_kernel(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """KID's kernel (x·y / F + 1)³ of all pairs of features (N, F) and (M, F): (N, M)."""
+    return (x @ y.T / x.shape[1] + 1) ** 3
+
+
+def _two_sets(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
+        raise ValueError(f"features of {tuple(a.shape)} and {tuple(b.shape)}: expected (N, F) and (M, F)")
+    a, b = a.double(), b.double()
+    if not bool(a.isfinite().all() and b.isfinite().all()):
+        raise ValueError("features hold values that are not finite")
+    return a, b
+
+
 def kernel_distance(
     a: torch.Tensor, b: torch.Tensor, *, subsets: int = 100, subset_size: int = 1000, seed: int = 0
 ) -> Estimate:
@@ -141,40 +109,77 @@ def kernel_distance(
     The mean over `subsets` random subsets, drawn without replacement from each side with `seed`; their size is
     `subset_size`, or the smaller of N and M. Unbiased for any N, hence near zero, or below, for equal distributions.
     """
-    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
-        raise ValueError(f"features of {tuple(a.shape)} and {tuple(b.shape)}: expected (N, F) and (M, F)")
+    a, b = _two_sets(a, b)
     size = min(subset_size, len(a), len(b))
     if size < 2 or subsets < 1:
         raise ValueError(f"KID needs at least one subset of 2 or more, found {subsets} of {size}")
     generator = torch.Generator().manual_seed(seed)
-    a, b = a.double(), b.double()
-
-    def kernel(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return (x @ y.T / x.shape[1] + 1) ** 3
-
     values = []
     for _ in range(subsets):
         x = a[torch.randperm(len(a), generator=generator)[:size]]
         y = b[torch.randperm(len(b), generator=generator)[:size]]
-        within = kernel(x, x), kernel(y, y)
+        within = polynomial_kernel(x, x), polynomial_kernel(y, y)
         pairs = sum(k.sum() - k.trace() for k in within) / (size * (size - 1))
-        values.append(pairs - 2 * kernel(x, y).mean())
+        values.append(pairs - 2 * polynomial_kernel(x, y).mean())
     return _estimate(values)
 
 
-def inception_score(logits: torch.Tensor, *, split: int = 5000) -> Estimate:
+def kernel_distance_exact(a: torch.Tensor, b: torch.Tensor) -> float:
+    """KID over all of the features (N, F) and (M, F), without subsets: what `kernel_distance` tends to with many of them.
+
+    It has the expected value of any number and size of subsets, so it is comparable with published values, but none of
+    the noise of drawing them. Raises ValueError unless both sides hold at least 2 features, all finite.
+    """
+    a, b = _two_sets(a, b)
+    if min(len(a), len(b)) < 2:
+        raise ValueError(f"KID needs at least 2 features on each side, found {len(a)} and {len(b)}")
+    return mean_kernel(a, a, distinct=True) + mean_kernel(b, b, distinct=True) - 2 * mean_kernel(a, b)
+
+
+def mean_kernel(x: torch.Tensor, y: torch.Tensor, *, distinct: bool = False) -> float:
+    """Mean of the kernel over all pairs, or (x being y) over those of `distinct` rows, in blocks that fit into memory."""
+    total = torch.zeros((), dtype=torch.float64, device=x.device)
+    for start, rows in chunks(x, len(y)):
+        kernel = polynomial_kernel(rows, y)
+        total += kernel.sum() - (kernel.diagonal(offset=start).sum() if distinct else 0)
+    return (total / (len(x) * (len(y) - distinct))).item()
+
+
+def chunks(rows: torch.Tensor, width: int) -> Iterator[tuple[int, torch.Tensor]]:
+    """Consecutive chunks of `rows` (N, F) with the number of their first row, so that `width` values of each take 128 MiB."""
+    size = max(1, 2**24 // width)
+    return ((start, rows[start : start + size]) for start in range(0, len(rows), size))
+
+
+def inception_splits(count: int, split: int = 5000, splits: int | None = None) -> list[tuple[int, int]]:
+    """Ends (start, stop) of the consecutive parts of `count` images over which IS is averaged.
+
+    Parts of `split` images, the last possibly shorter and yet counted as much, as the evaluator of guided-diffusion does;
+    or `splits` parts of about equal size, as Salimans et al. and torch-fidelity (10) do.
+    Raises ValueError for parts without images.
+    """
+    if splits is not None:
+        if not 1 <= splits <= count:
+            raise ValueError(f"{count} images cannot be cut into {splits} splits")
+        return [(i * count // splits, (i + 1) * count // splits) for i in range(splits)]
+    if split < 1 or count < 1:
+        raise ValueError(f"{count} images in splits of {split}: expected at least 1 image and a split of at least 1")
+    return [(start, min(start + split, count)) for start in range(0, count, split)]
+
+
+def inception_score(logits: torch.Tensor, *, split: int = 5000, splits: int | None = None) -> Estimate:
     """IS (Salimans et al. 2016) from class logits (N, classes): exp of the mean KL(p(y|x) || p(y)), 1..classes.
 
-    The mean over consecutive splits of `split` images, the last possibly shorter, as the evaluator of guided-diffusion
-    does. With a domain classifier it says whether images are recognisable and of all classes.
+    The mean over consecutive parts, see `inception_splits`. It is biased downwards for small parts. With a domain classifier it
+    says whether images are recognisable and of all classes. Raises ValueError for another rank, no rows, or NaN.
     """
-    if logits.ndim != 2 or len(logits) == 0 or split < 1:
-        raise ValueError(
-            f"logits of {tuple(logits.shape)} in splits of {split}: expected (N, classes), N and split >= 1"
-        )
+    if logits.ndim != 2 or len(logits) == 0:
+        raise ValueError(f"logits of {tuple(logits.shape)}: expected (N, classes) with N >= 1")
+    if not bool(logits.isfinite().all()):
+        raise ValueError("logits hold values that are not finite")
     scores = []
-    for part in logits.double().split(split):
-        conditional = part.log_softmax(1)
-        marginal = conditional.logsumexp(0) - torch.tensor(len(part), dtype=torch.float64).log()
+    for start, stop in inception_splits(len(logits), split, splits):
+        conditional = logits[start:stop].double().log_softmax(1)
+        marginal = conditional.logsumexp(0) - torch.tensor(stop - start, dtype=torch.float64).log()
         scores.append((conditional.exp() * (conditional - marginal)).sum(1).mean().exp())
     return _estimate(scores)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from iec.artifact.calibration import Calibration
 from iec.evaluate.arms import Arm, prepared
-from iec.evaluate.metrics import fidelity
 from iec.evaluate.sampling import measure, sample
+from iec.evaluate.similarity import fidelity
 from iec.pipeline.adapters import denoisers
 from iec.pipeline.installation import installed
 from iec.pipeline.quantizing import quantized

@@ -3,6 +3,7 @@
     python benchmarks/quality.py sample --arm fine --num 150
     python benchmarks/quality.py sample --num 2000 --arm w8a8 --arm deepcache:5 --arm deepcache:5+refresh --arm cachequant-w8a8:5
     python benchmarks/quality.py table --arm w8a8 --arm deepcache:5 --arm deepcache:5+refresh --arm cachequant-w8a8:5
+    python benchmarks/quality.py time --arm w8a8 --arm deepcache:5 --arm deepcache:5+refresh --arm cachequant-w8a8:5
 
 An arm is `ddim:T` (plain sampling in T steps), or 100 steps of: `w8a8`, `w4a8`, `w4a8-rec` (quantized; to the nearest, or
 reconstructed), `deepcache:N`, `cachequant-w8a8:N`, `cachequant-w4a8:N`, `cachequant-w4a8-rec:N`; `+ends:1/10` or `+refresh`
@@ -13,6 +14,7 @@ is calibrated when it is first needed; a shard that exists is not sampled again,
 from __future__ import annotations
 
 import argparse
+import time
 from pathlib import Path
 from typing import Any
 
@@ -187,18 +189,42 @@ def markdown(lines: list[dict[str, Any]], against: str) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
+def timed(arms: list[str], against: str, repetitions: int, batch_size: int, root: Path) -> None:
+    """Print the median seconds per image of every arm, and the ratio to `against` with 95 % about its median."""
+    ways = {arm: prepare(arm, root) for arm in dict.fromkeys([against, *arms])}
+    seconds = np.empty((len(ways), repetitions))
+    for repetition in range(-1, repetitions):  # the first one warms up
+        for row, (pipe, steps) in enumerate(ways.values()):
+            begin = time.perf_counter()
+            sample(pipe, range(batch_size), steps, batch_size)
+            if repetition >= 0:
+                seconds[row, repetition] = (time.perf_counter() - begin) / batch_size
+        if repetition >= 0:
+            print(f"repetition {repetition + 1} of {repetitions}", flush=True)
+    ratios = seconds / seconds[0]
+    draws = np.random.default_rng(0).integers(repetitions, size=(2000, repetitions))
+    print(f"batch {batch_size}, {torch.get_num_threads()} threads, {repetitions} repetitions")
+    print(f"| arm | seconds per image | × `{against}` |\n|---|---:|---:|")
+    for arm, mine, ratio in zip(ways, seconds, ratios, strict=True):
+        low, high = np.quantile(np.median(ratio[draws], axis=1), [0.025, 0.975])
+        print(f"| `{arm}` | {np.median(mine):.3f} | {np.median(ratio):.3f} [{low:.3f}, {high:.3f}] |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("action", choices=["sample", "table"])
+    parser.add_argument("action", choices=["sample", "table", "time"])
     parser.add_argument("--arm", action="append", default=[])
     parser.add_argument("--against", default="ddim:100", help="the arm that the others are compared with in the table")
     parser.add_argument("--num", type=int, default=2000)
     parser.add_argument("--batch-size", type=int, default=25)
+    parser.add_argument("--repetitions", type=int, default=5, help="of the times")
     parser.add_argument("--root", type=Path, default=ROOT)
     options = parser.parse_args()
     if options.action == "sample":
         for arm in options.arm:
             run(arm, options.num, options.batch_size, options.root)
+    elif options.action == "time":
+        timed(options.arm, options.against, options.repetitions, options.batch_size, options.root)
     else:
         lines = table(options.arm, options.num, options.root, options.against)
         write_json(options.root / "table.json", lines)

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 from torch import nn
@@ -100,6 +101,20 @@ class FeatureCache:
         for undo in reversed(self._removers):
             undo()
         self._removers, self.features = [], {}
+
+    @contextlib.contextmanager
+    def aside(self, found: dict[int, Held]) -> Iterator[None]:
+        """Context of evaluations beside the run under way: each visit finds the features `found`, as a visit of the run did.
+
+        The clock and `run` say which step it is, as ever. Afterwards features and counts are those of before.
+        """
+        kept = (self.features, self.last_run, self._refresh, self._tick, self._calls, self.refreshed, self.reused)
+        self.features, self.last_run, self._tick = dict(found), self.run(), None
+        self._refresh = self.plan(self.clock.num_steps)
+        try:
+            yield
+        finally:
+            self.features, self.last_run, self._refresh, self._tick, self._calls, self.refreshed, self.reused = kept
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Decide what the coming pass is. Raises RuntimeError when it should reuse a feature that is not there."""

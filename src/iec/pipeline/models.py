@@ -17,6 +17,11 @@ def models() -> tuple[str, ...]:
     return tuple(_bundled())
 
 
+def folder_of(model: str) -> Path | None:
+    """The folder of a bundled model; None for any other."""
+    return _bundled().get(model)
+
+
 def calibrations(model: str) -> dict[str, Path]:
     """The calibrations that come with a bundled model: folders by name ("w8a8-50"). None for any other model."""
     folder = _bundled().get(model)

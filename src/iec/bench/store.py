@@ -1,0 +1,102 @@
+"""Files that grow line by line, so that a kill at any moment costs at most the line being written."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from iec.artifact.files import write_text
+
+
+class Lines:
+    """A jsonl file: objects, one a line, which are appended and then on the disk.
+
+    Opening it drops a last line that was torn by a kill, or a full disk. Raises ValueError for a file that is damaged elsewhere.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.values: list[dict[str, Any]] = []
+        if not self.path.is_file():
+            return
+        data = self.path.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1]
+        if len(whole) != len(data):
+            with open(self.path, "r+b") as file:
+                file.truncate(len(whole))
+                os.fsync(file.fileno())
+        for number, line in enumerate(whole.splitlines(), start=1):
+            try:
+                value = json.loads(line)
+                if not isinstance(value, dict):
+                    raise ValueError(f"found {type(value).__name__}, expected an object")
+            except ValueError as error:
+                raise ValueError(
+                    f"{self.path}, line {number}: damaged: {error}; delete the line, and what it said is measured again"
+                ) from error
+            self.values.append(value)
+
+    def append(self, value: dict[str, Any]) -> None:
+        """Write one object, and return when it is on the disk. Raises RuntimeError for a full disk; no half line is left."""
+        line = json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "ab", buffering=0) as file:
+            begun = file.tell()
+            try:
+                written = file.write(line)
+                if written != len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(file.fileno())
+            except OSError as error:
+                with contextlib.suppress(OSError):
+                    file.truncate(begun)
+                raise RuntimeError(
+                    f"{self.path} cannot be written: {error.strerror}; make room and start again, what was done is kept"
+                ) from error
+        self.values.append(value)
+
+    def keep(self, wanted: Callable[[dict[str, Any]], bool], aside: Path | None = None) -> int:
+        """Drop the objects that are not `wanted`, appending them to the file `aside` if one is given; returns how many."""
+        dropped = [value for value in self.values if not wanted(value)]
+        if dropped:
+            if aside is not None:
+                other = Lines(aside)
+                for value in dropped:
+                    other.append(value)
+            self.values = [value for value in self.values if wanted(value)]
+            kept = "".join(json.dumps(v, sort_keys=True, ensure_ascii=False) + "\n" for v in self.values)
+            write_text(self.path, kept)
+        return len(dropped)
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold `folder`, which is made if need be, against a second run in it, until the block ends or the process does.
+
+    Raises RuntimeError when another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / ".lock"
+    try:
+        import fcntl
+    except ImportError:  # no such locks on Windows
+        yield
+        return
+    with open(path, "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise RuntimeError(
+                f"another run (process {file.read().strip() or 'unknown'}) is at work in {folder}; "
+                "wait for it, end it, or give another --out"
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield

@@ -65,12 +65,12 @@ def _commit(spec: ModelSpec) -> str:
     try:
         if not constants.HF_HUB_OFFLINE:
             return str(HfApi().model_info(spec.name, revision=wanted, timeout=20).sha)
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError):
-        pass  # no network, or no such model: what was downloaded before decides
     except HFValidationError as error:
         raise ValueError(
             f"no model {spec.name!r}: neither bundled, nor a folder, nor a name of the Hub: {error}"
         ) from error
+    except Exception:  # of whatever library carries the request: no network, or no such model
+        pass  # what was downloaded before decides
     kept = try_to_load_from_cache(spec.name, "model_index.json", revision=wanted)
     if not isinstance(kept, str):
         raise ValueError(

@@ -1,0 +1,75 @@
+"""Pictures of a report: rows of samples from the shards of its cells, and the figures of its analysis."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from iec.bench.pictures import Strip
+from iec.bench.quantities import passes, quantity
+from iec.bench.results import Result, Run
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+COLUMNS = 10  # images in a row
+CELLS, FIGURES = "cells", "figures"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A PNG that the bench drew, and what it shows."""
+
+    path: Path
+    title: str
+
+
+def strips(run: Run, shown: Sequence[Result]) -> list[Strip]:
+    """The first images of every result whose shards are there, the same seeds in all rows."""
+    found = [
+        (result, images) for result in shown if (images := first_images(run.folder / CELLS / result.cell)) is not None
+    ]
+    count = min((len(images) for _, images in found), default=0)
+    return [Strip(result.name, result.kind, _facts(result), images[:count]) for result, images in found]
+
+
+def first_images(cell: Path, count: int = COLUMNS) -> Tensor | None:
+    """Up to `count` images (N, C, H, W) of a cell's first shard; None where there is none that can be read."""
+    import torch
+
+    for file in sorted(cell.glob("*.np[yz]")):
+        try:
+            with open(file, "rb") as opened:  # numpy leaves a file that it opened itself open where its zip is damaged
+                loaded = np.load(opened, allow_pickle=False)
+                images = loaded["images"] if isinstance(loaded, np.lib.npyio.NpzFile) else loaded
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            return None  # the bench itself says what is wrong with it, and makes it again
+        if images.ndim != 4 or images.dtype != np.uint8 or images.shape[1] not in (1, 3):
+            return None
+        return torch.from_numpy(np.ascontiguousarray(images[:count]))
+    return None
+
+
+def figures(run: Run) -> list[Picture]:
+    """The PNGs of the analysis, in the order of their names, titled by the recipe where it has a title for them."""
+    return [
+        Picture(path, _title(path.relative_to(run.folder / FIGURES)))
+        for path in sorted((run.folder / FIGURES).rglob("*.png"))
+    ]
+
+
+def _title(path: Path) -> str:
+    return " · ".join(part.replace("-", " ").replace("_", " ") for part in path.with_suffix("").parts)
+
+
+def _facts(result: Result) -> str:
+    parts = [f"{passes(result.whole, result.reused)} passes"]
+    for name, estimate in list(result.metrics.items())[:2]:
+        known = quantity(name)
+        parts.append(f"{known.label} {known.number(estimate.value, known.digits([estimate]))}")
+    return ", ".join(parts)

@@ -1,0 +1,170 @@
+"""The report of a bench: report.md, and report.html with everything in it, from what the run has left in its folder so far."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from iec.artifact.files import replacing, write_text
+from iec.bench.document import Facts, facts, remarks
+from iec.bench.findings import findings, headlines
+from iec.bench.gallery import Picture, figures, strips
+from iec.bench.pareto import COLOURS, Chart, chart, svg
+from iec.bench.pictures import Strip, sheet, strip
+from iec.bench.quantities import Quantity, quantity
+from iec.bench.results import Result, Run, load_run
+from iec.bench.tables import Table, further, members, names, quality
+
+FILES = "report-files"  # beside report.md: the drawings that it shows
+
+
+@dataclass(frozen=True)
+class Section:
+    """What the report says of one group of arms."""
+
+    title: str
+    metric: Quantity
+    table: Table
+    further: Table | None
+    charts: tuple[Chart, ...]
+    findings: tuple[str, ...]
+    strips: tuple[Strip, ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """Where the report is, and the same for programs: `run` as it was read, the sentences in `summary`."""
+
+    markdown: Path
+    html: Path
+    run: Run
+    headlines: tuple[str, ...]
+    sections: tuple[Section, ...]
+
+    def plain(self) -> dict[str, Any]:
+        """Plain data: what is there, what is missing, the sentences and the paths."""
+        return {
+            "markdown": str(self.markdown),
+            "html": str(self.html),
+            "finished": len(self.run.entries),
+            "missing": list(self.run.missing),
+            "notes": list(self.run.notes),
+            "headlines": list(self.headlines),
+            "groups": {section.title: list(section.findings) for section in self.sections},
+        }
+
+
+def report(folder: str | Path) -> Report:
+    """Write report.md and report.html into the folder of a bench, finished or not, and return what they say.
+
+    Raises ValueError as `iec.bench.results.load_run` does.
+    """
+    run = load_run(folder)
+    listed = _metrics(run)
+    sections = tuple(_section(run, title, group, listed) for title, group in run.groups().items())
+    made = Report(
+        run.folder / "report.md",
+        run.folder / "report.html",
+        run,
+        tuple(headlines(run, listed)),
+        sections,
+    )
+    pictures, about = figures(run), facts(run)
+    write_text(made.markdown, _markdown(made, about, pictures))
+    write_text(made.html, _html(made, about, pictures))
+    return made
+
+
+def _metrics(run: Run) -> list[str]:
+    """All metrics, those of the recipe first and in its order."""
+    wanted = run.about.get("recipe", {}).get("metrics", {}).get("names", [])
+    found = names(run.entries)
+    return [*(name for name in wanted if name in found), *(name for name in found if name not in wanted)]
+
+
+def _section(run: Run, title: str, group: Sequence[Result], listed: Sequence[str]) -> Section:
+    shown = members(run, group)
+    own = [name for name in listed if name in names(shown)]
+    first, *others = own
+    # A second drawing: how near the images come to those of full precision, beside what a distribution distance says.
+    near = [name for name in own if name.startswith(("rmse_", "psnr_"))]
+    drawn = [chart(shown, name) for name in dict.fromkeys([first, *near[:1]])]
+    return Section(
+        title or run.about.get("title", "") or "Arms",
+        quantity(first),
+        quality(run, group, first),
+        further(run, group, others),
+        tuple(one for one in drawn if one is not None),
+        tuple(findings(run, group, [first, *near[:2]])),
+        tuple(strips(run, shown)),
+    )
+
+
+def _markdown(made: Report, about: Facts, pictures: Sequence[Picture]) -> str:
+    """The report as text, its drawings in files beside it."""
+    run = made.run
+    lines = [f"# {about.title}", "", about.summary, ""]
+    if about.text:
+        lines += [about.text, ""]
+    if run.missing:
+        lines += [f"**Not finished.** {_missing(run)}", ""]
+    lines += [f"- {line}" for line in made.headlines] + [""] * bool(made.headlines)
+    for number, section in enumerate(made.sections, start=1):
+        lines += [f"## {section.title}", "", section.table.markdown(), ""]
+        for index, one in enumerate(section.charts, start=1):
+            name = f"{FILES}/group{number}-{index}.svg"
+            write_text(run.folder / name, svg(one) + "\n")
+            lines += [f"![{one.title}]({name})", ""]
+        lines += [f"- {line}" for line in section.findings] + [""] * bool(section.findings)
+        if section.further is not None:
+            lines += [section.further.markdown(), ""]
+        if section.strips:
+            name = f"{FILES}/group{number}-images.png"
+            with replacing(run.folder / name) as file:
+                sheet(section.strips).save(file, format="PNG", optimize=True)
+            lines += [f"![The same seeds in every row]({name})", ""]
+    if pictures:
+        lines += ["## Figures", ""]
+        for picture in pictures:
+            lines += [f"![{picture.title}]({picture.path.relative_to(run.folder).as_posix()})", "", picture.title, ""]
+    lines += ["## How to read it", "", *(f"- {line}" for line in remarks(run)), ""]
+    lines += ["## How it was made", "", *(f"- {name}: {value}" for name, value in about.rows), ""]
+    return "\n".join(lines)
+
+
+def _html(made: Report, about: Facts, pictures: Sequence[Picture]) -> str:
+    """The report as one page that needs no other file."""
+    from jinja2 import Environment
+    from markupsafe import Markup
+
+    template = (resources.files("iec") / "bench" / "templates" / "report.html").read_text(encoding="utf-8")
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(template).render(
+        about=about,
+        report=made,
+        missing=_missing(made.run) if made.run.missing else "",
+        colours=COLOURS,
+        drawing=lambda one: Markup(svg(one)),  # made by us, its texts escaped
+        picture=lambda images: _embedded(strip(images)),
+        figures=[(one.title, base64.b64encode(one.path.read_bytes()).decode()) for one in pictures],
+        remarks=remarks(made.run),
+    )
+
+
+def _missing(run: Run) -> str:
+    count = len(run.missing)
+    named = ", ".join(run.missing[:12]) + (f" and {count - 12} more" if count > 12 else "")
+    return (
+        f"{count} {'arm is' if count == 1 else 'arms are'} missing: {named}. The same command goes on where it stopped."
+    )
+
+
+def _embedded(picture: Any) -> str:
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG", optimize=True)
+    return base64.b64encode(buffer.getvalue()).decode()

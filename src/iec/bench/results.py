@@ -1,0 +1,254 @@
+"""What a bench run left in its folder, read back: run.json, results.jsonl, timings.jsonl.
+
+A line of results.jsonl is what one cell (an arm, its seeds, its calibration) gave; a line of timings.jsonl what one of its
+shards took. Both files are appended to while the run goes on, so a last line may be torn: it is left out, as the run will write
+it again.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+RUN, RESULTS, TIMINGS = "run.json", "results.jsonl", "timings.jsonl"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A measured value with the bounds of its 95 % interval (None where there is none)."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+    @property
+    def sign(self) -> int:
+        """Of a difference: 1 or −1 if the whole interval lies on one side of zero, 0 if it cannot be told."""
+        if self.low is None or self.high is None:
+            return 0
+        return 1 if self.low > 0 else -1 if self.high < 0 else 0
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What the shards of a cell took: `per_image` seconds of each shard, the highest `peak` memory in bytes (None: not
+    measured), and the `threads` and `workers` they ran with, each as often as it occurred."""
+
+    per_image: tuple[float, ...]
+    peak: int | None
+    threads: tuple[int, ...]
+    workers: tuple[int, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.per_image)
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """The fastest and the slowest shard."""
+        return min(self.per_image), max(self.per_image)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One line of results.jsonl with its timing. `whole` and `reused` are denoiser passes for each image, `weights` bytes,
+    `differences` (this arm − another) by the other's cell, `paper` the values the paper reports, and `of` its model there."""
+
+    cell: str
+    name: str
+    kind: str
+    group: str
+    arm: Mapping[str, Any]
+    baseline: str | None
+    num: int
+    whole: int
+    reused: int
+    weights: int
+    kernel: str | None
+    metrics: Mapping[str, Estimate]
+    differences: Mapping[str, Mapping[str, Estimate]]
+    network: str | None = None
+    paper: Mapping[str, float] = field(default_factory=dict)
+    of: str | None = None
+    timing: Timing | None = None
+
+    @property
+    def evaluations(self) -> int:
+        return self.whole + self.reused
+
+    @property
+    def full_precision(self) -> bool:
+        """Whether nothing makes it cheap or corrects it."""
+        return not any(self.arm.get(key) for key in ("quant", "cache", "steps"))
+
+
+@dataclass(frozen=True)
+class Run:
+    """A folder of a bench: what run.json says, and the entries that are finished, in the order of the recipe.
+
+    `missing` are the names of planned cells without a result, `notes` what the reader should know of the files.
+    """
+
+    folder: Path
+    about: Mapping[str, Any]
+    entries: tuple[Result, ...]
+    missing: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def at(self, cell: str | None) -> Result | None:
+        """The entry of a cell; None if it is not there (yet)."""
+        return next((entry for entry in self.entries if entry.cell == cell), None)
+
+    def baseline(self, entry: Result) -> Result | None:
+        """The same arm without correction."""
+        return self.at(entry.baseline)
+
+    def full(self, entry: Result) -> Result | None:
+        """The full-precision entry that `entry` is compared with: as it is in every way, with the same steps if possible."""
+        found = [self.at(cell) for cell in entry.differences if cell != entry.cell]
+        whole = [other for other in found if other is not None and other.full_precision]
+        same = [o for o in whole if o.arm.get("num_inference_steps") == entry.arm.get("num_inference_steps")]
+        return next(iter(same or whole), None)
+
+    def groups(self) -> dict[str, list[Result]]:
+        """Entries by group, both in their order."""
+        by_group: dict[str, list[Result]] = {}
+        for entry in self.entries:
+            by_group.setdefault(entry.group, []).append(entry)
+        return by_group
+
+
+def load_run(folder: str | Path) -> Run:
+    """Read the folder of a bench, finished or not.
+
+    Raises ValueError for a folder that is none, and for a file that is damaged elsewhere than in its last line; it names file,
+    line and key.
+    """
+    folder = Path(folder)
+    if not (folder / RUN).is_file():
+        raise ValueError(f"{folder} is no folder of a bench: there is no {RUN}; give the folder that `iec bench` wrote")
+    try:
+        about = json.loads((folder / RUN).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{folder / RUN} is damaged: {error}; start the bench again with the same options") from error
+    if not isinstance(about, dict):
+        raise ValueError(f"{folder / RUN} holds {type(about).__name__}, expected an object")
+    notes: list[str] = []
+    timings = _timings(folder / TIMINGS, notes)
+    by_cell: dict[str, Result] = {}
+    for number, line in _lines(folder / RESULTS, notes):
+        try:
+            entry = _entry(line, timings)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            what = f"no key {error}" if isinstance(error, KeyError) else str(error)
+            raise ValueError(f"{folder / RESULTS}, line {number}: {what}") from error
+        by_cell[entry.cell] = entry
+    entries, missing = _as_planned(about.get("cells"), by_cell, notes)
+    return Run(folder, about, entries, missing, tuple(notes))
+
+
+def _as_planned(
+    planned: list[dict[str, Any]] | None, by_cell: Mapping[str, Result], notes: list[str]
+) -> tuple[tuple[Result, ...], tuple[str, ...]]:
+    """The finished entries in the order of the recipe, and the names of those that are not.
+
+    Two arms of a recipe may be one cell (the same sampling in two groups): it is run once, and shown under both names.
+    """
+    if planned is None:
+        return tuple(by_cell.values()), ()
+    entries, missing = [], []
+    for arm in planned:
+        found = by_cell.get(arm["cell"])
+        if found is None:
+            missing.append(arm["name"])
+            continue
+        own = {key: arm[key] for key in ("name", "kind", "group") if arm.get(key) is not None}
+        paper = dict(arm.get("paper") or {})
+        if paper:
+            own |= {"of": paper.pop("of", None), "paper": {name: float(value) for name, value in paper.items()}}
+        entries.append(replace(found, **own))
+    strange = len(by_cell.keys() - {arm["cell"] for arm in planned})
+    if strange:
+        notes.append(
+            f"{strange} finished {'cell is' if strange == 1 else 'cells are'} of earlier options and not shown."
+        )
+    return tuple(entries), tuple(dict.fromkeys(missing))
+
+
+def _lines(path: Path, notes: list[str]) -> list[tuple[int, dict[str, Any]]]:
+    """The objects of a jsonl file with their line numbers; a torn last line is left out, and noted."""
+    if not path.is_file():
+        return []
+    text = path.read_text(encoding="utf-8", errors="replace")
+    texts = text.split("\n")
+    read = []
+    for number, line in enumerate(texts, start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+            if not isinstance(value, dict):
+                raise ValueError(f"found {type(value).__name__}, expected an object")
+        except ValueError as error:
+            if number == len(texts):  # no newline after it: the run was stopped while it wrote
+                notes.append(f"The last line of {path.name} is torn and was left out.")
+                continue
+            raise ValueError(f"{path}, line {number} is damaged: {error}") from error
+        read.append((number, value))
+    return read
+
+
+def _entry(line: Mapping[str, Any], timings: Mapping[str, Timing]) -> Result:
+    if line["version"] != VERSION:
+        raise ValueError(f"version is {line['version']!r}, expected {VERSION}; use the iec that wrote it")
+    differences = line.get("differences") or {}
+    paper = dict(line.get("paper") or {})
+    return Result(
+        cell=line["cell"],
+        name=line["name"],
+        kind=line["kind"],
+        group=line.get("group") or "",
+        arm=line["arm"],
+        baseline=line.get("baseline"),
+        num=line["num"],
+        whole=line["whole"],
+        reused=line["reused"],
+        weights=line["weights"],
+        kernel=line.get("kernel"),
+        metrics={name: _estimate(value) for name, value in line["metrics"].items()},
+        differences={
+            cell: {name: _estimate(value) for name, value in values.items()} for cell, values in differences.items()
+        },
+        network=line.get("network"),
+        of=paper.pop("of", None),
+        paper={name: float(value) for name, value in paper.items()},
+        timing=timings.get(line["cell"]),
+    )
+
+
+def _estimate(value: Mapping[str, Any]) -> Estimate:
+    return Estimate(float(value["value"]), value.get("low"), value.get("high"))
+
+
+def _timings(path: Path, notes: list[str]) -> dict[str, Timing]:
+    by_cell: dict[str, list[Mapping[str, Any]]] = {}
+    for number, line in _lines(path, notes):
+        lacking = [key for key in ("cell", "images", "seconds") if key not in line]
+        if lacking or not line["images"]:
+            raise ValueError(f"{path}, line {number}: expected the keys cell, images (at least 1) and seconds")
+        by_cell.setdefault(line["cell"], []).append(line)
+    made = {}
+    for cell, shards in by_cell.items():
+        peaks = [shard["peak_memory"] for shard in shards if shard.get("peak_memory")]
+        seconds = tuple(shard["seconds"] / shard["images"] for shard in shards)
+        threads, workers = (
+            tuple(sorted({shard[key] for shard in shards if shard.get(key) is not None}))
+            for key in ("threads", "workers")
+        )
+        made[cell] = Timing(seconds, max(peaks, default=None), threads, workers)
+    return made

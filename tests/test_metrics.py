@@ -1,4 +1,4 @@
-"""Metrics: same-seed differences, Fréchet distance, KID and IS, against closed forms and another implementation."""
+"""Distances of feature sets: Fréchet distance, KID and IS, against closed forms and another implementation."""
 
 from __future__ import annotations
 
@@ -8,9 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy import linalg
 
-from iec.evaluate.metrics import Moments, frechet_distance, inception_score, kernel_distance
-from iec.evaluate.similarity import fidelity, psnr, rmse
+from iec.evaluate import metrics
+from iec.evaluate.metrics import (
+    Moments,
+    frechet_distance,
+    inception_score,
+    inception_splits,
+    kernel_distance,
+    kernel_distance_exact,
+)
 
 # Activations, probabilities, and the FID and IS that the evaluator of guided-diffusion (run on CPU) gave for them.
 ORACLE = Path(__file__).parent / "data" / "metrics_oracle.npz"
@@ -18,57 +26,6 @@ ORACLE = Path(__file__).parent / "data" / "metrics_oracle.npz"
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def pixels(count: int, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (count, 3, 5, 4), generator=generator).to(torch.uint8)
-
-
-def test_rmse_and_psnr_of_a_constant_difference() -> None:
-    dark, light = torch.zeros(2, 1, 4, 4), torch.zeros(2, 1, 4, 4)
-    light[0] = 0.1
-    light[1] = 1.0
-    torch.testing.assert_close(rmse(dark, light), torch.tensor([0.1, 1.0]).double())
-    torch.testing.assert_close(psnr(dark, light), torch.tensor([20.0, 0.0]).double(), atol=1e-6, rtol=0)
-    both = fidelity(dark, light)
-    assert both.rmse == pytest.approx(0.55)
-    assert both.psnr == pytest.approx(-10 * math.log10((0.01 + 1) / 2), abs=1e-6)
-
-
-def test_uint8_and_floats_are_the_same_images() -> None:
-    a, b = pixels(3), pixels(3, seed=1)
-    expected = ((a.double() - b.double()) / 255).square().flatten(1).mean(1).sqrt()
-    torch.testing.assert_close(rmse(a, b), expected)
-    torch.testing.assert_close(rmse(a.double() / 255, b), expected)
-    torch.testing.assert_close(rmse(a.float() / 255, b), expected, rtol=1e-6, atol=0)
-
-
-def test_equal_images_have_no_difference_and_do_not_spoil_the_mean() -> None:
-    a = pixels(2)
-    b = a.clone()
-    b[1] = 255 - b[1]
-    assert rmse(a, b)[0] == 0 and psnr(a, b)[0] == math.inf
-    assert math.isfinite(fidelity(a, b).psnr)
-    assert fidelity(a, a) == (0.0, math.inf)
-
-
-@pytest.mark.parametrize(
-    ("a", "b", "error", "message"),
-    [
-        (torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 3), ValueError, "two equal, non-empty shapes"),
-        (torch.zeros(0, 1, 2, 2), torch.zeros(0, 1, 2, 2), ValueError, "two equal, non-empty shapes"),
-        (torch.zeros(1, 2, 2), torch.zeros(1, 2, 2), ValueError, r"expected \(N, C, H, W\)"),
-        (torch.zeros(1, 1, 2, 2) - 1, torch.zeros(1, 1, 2, 2), ValueError, r"values outside 0\.\.1"),
-        (torch.full((1, 1, 2, 2), math.nan), torch.zeros(1, 1, 2, 2), ValueError, "or NaN"),
-        (torch.zeros(1, 1, 2, 2, dtype=torch.int64), torch.zeros(1, 1, 2, 2), TypeError, "expected uint8 or floats"),
-    ],
-)
-def test_images_that_are_none_are_refused(
-    a: torch.Tensor, b: torch.Tensor, error: type[Exception], message: str
-) -> None:
-    with pytest.raises(error, match=message):
-        rmse(a, b)
 
 
 def test_moments_are_mean_and_covariance() -> None:
@@ -124,6 +81,24 @@ def test_frechet_distance_of_known_gaussians() -> None:
     assert frechet_distance(second, first) == pytest.approx(expected, rel=1e-6)
 
 
+def test_frechet_distance_agrees_with_the_formula_of_heusel() -> None:
+    a, b = draw(90, 12), draw(70, 12, seed=1) * 2 + 0.3
+    (m1, s1), (m2, s2) = ((x.mean(0).numpy(), np.cov(x.numpy(), rowvar=False)) for x in (a, b))
+    cross = np.trace(linalg.sqrtm(s1 @ s2).real)
+    expected = np.square(m1 - m2).sum() + np.trace(s1) + np.trace(s2) - 2 * cross
+    assert frechet_distance(Moments.of(a), Moments.of(b)) == pytest.approx(expected, rel=1e-9)
+
+
+def test_frechet_distance_of_drawn_gaussians_tends_to_that_of_the_gaussians() -> None:
+    def distance(count: int) -> float:
+        a = draw(count, 4, seed=2)
+        b = draw(count, 4, seed=3) * torch.tensor([1.0, 2.0, 0.5, 1.0]) + torch.tensor([1.0, 0, 0, 0])
+        return frechet_distance(Moments.of(a), Moments.of(b))
+
+    expected = 1 + 1 + 0.25
+    assert distance(100_000) == pytest.approx(expected, abs=0.03)
+
+
 def test_frechet_distance_of_singular_covariances() -> None:
     a, b = draw(5, 20), draw(6, 20, seed=1)  # fewer vectors than dimensions
     distance = frechet_distance(Moments.of(a), Moments.of(b))
@@ -155,6 +130,27 @@ def test_inception_score_lies_between_one_and_the_number_of_classes() -> None:
     assert inception_score(sure[:1].repeat(9, 1)).mean == pytest.approx(1)
     with pytest.raises(ValueError, match=r"expected \(N, classes\)"):
         inception_score(torch.zeros(0, 10))
+    with pytest.raises(ValueError, match="not finite"):
+        inception_score(torch.full((3, 2), math.nan))
+
+
+def test_inception_score_counts_a_short_last_split_as_a_whole_one() -> None:
+    logits = draw(25, 4) * 2
+    parts = [inception_score(logits[start : start + 10]).mean for start in (0, 10, 20)]
+    found = inception_score(logits, split=10)
+    assert found.mean == pytest.approx(np.mean(parts)) and found.std == pytest.approx(np.std(parts))
+    assert inception_splits(25, 10) == [(0, 10), (10, 20), (20, 25)]
+
+
+def test_inception_score_in_a_number_of_splits_as_salimans_does() -> None:
+    assert inception_splits(23, splits=4) == [(0, 5), (5, 11), (11, 17), (17, 23)]
+    logits = draw(23, 4) * 2
+    parts = [inception_score(logits[a:b]).mean for a, b in inception_splits(23, splits=4)]
+    assert inception_score(logits, splits=4).mean == pytest.approx(np.mean(parts))
+    with pytest.raises(ValueError, match="23 images cannot be cut into 24 splits"):
+        inception_score(logits, splits=24)
+    with pytest.raises(ValueError, match="a split of at least 1"):
+        inception_score(logits, split=0)
 
 
 def test_kernel_distance_is_the_unbiased_mmd() -> None:
@@ -182,3 +178,31 @@ def test_kernel_distance_is_near_zero_for_equal_distributions_and_repeatable() -
         kernel_distance(x, y[:, :3])
     with pytest.raises(ValueError, match="at least one subset of 2"):
         kernel_distance(x[:1], y)
+    with pytest.raises(ValueError, match="not finite"):
+        kernel_distance(x, torch.full((3, 8), math.nan))
+
+
+def test_kernel_distance_without_subsets_is_what_many_subsets_tend_to() -> None:
+    x, y = draw(40, 3), draw(55, 3, seed=1) + 0.3
+    exact = kernel_distance_exact(x, y)
+    many = kernel_distance(x, y, subsets=4000, subset_size=20)
+    assert exact == pytest.approx(many.mean, abs=4 * many.std / math.sqrt(4000))
+    whole = kernel_distance(x, y[:40], subsets=1, subset_size=40)
+    assert kernel_distance_exact(x, y[:40]) == pytest.approx(whole.mean, rel=1e-12)
+    with pytest.raises(ValueError, match="at least 2 features on each side, found 40 and 1"):
+        kernel_distance_exact(x, y[:1])
+
+
+def test_kernel_distance_in_blocks_is_that_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = draw(40, 3), draw(55, 3, seed=1) + 0.3
+    at_once = kernel_distance_exact(x, y)
+    monkeypatch.setattr(metrics, "BLOCK", 7 * 55)  # seven rows at a time
+    assert kernel_distance_exact(x, y) == pytest.approx(at_once, rel=1e-12)
+
+
+def test_kernel_distance_is_unbiased_for_equal_distributions() -> None:
+    found = np.array([kernel_distance_exact(draw(12, 3, seed=2 * i), draw(12, 3, seed=2 * i + 1)) for i in range(400)])
+    error = found.std() / math.sqrt(len(found))
+    assert abs(found.mean()) < 4 * error
+    # What counting each image as a pair with itself would add, (E k(x, x) - E k(x, y)) / N from each side, would be seen.
+    assert 2 * ((draw(1000, 3).square().sum(1) / 3 + 1) ** 3).mean() / 12 > 10 * error

@@ -34,11 +34,12 @@ def _checked(features: torch.Tensor, least: int, what: str) -> torch.Tensor:
     return held
 
 
-def _blocks(points: torch.Tensor, centres: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+def _blocks(points: torch.Tensor, centres: torch.Tensor, *, least: bool = False) -> Iterator[tuple[int, torch.Tensor]]:
     """Squared distances of `points` (N, F) to all `centres` (M, F), block by block: (first row, (rows, M)).
 
     From the product of the two sets, which is fast; where only rounding is left of a distance, it is zero exactly, so that
-    equal images are at no distance.
+    equal images are at no distance. `least`: less what rounding may have added, so that a point on the surface of a
+    ball is never left outside by it.
     """
     origin = centres.mean(0)  # a common offset would cost digits
     points, centres = points - origin, centres - origin
@@ -48,7 +49,8 @@ def _blocks(points: torch.Tensor, centres: torch.Tensor) -> Iterator[tuple[int, 
         block = points[start : start + rows]
         scale = block.square().sum(1, keepdim=True) + norms
         distances = scale - 2 * (block @ centres.T)
-        yield start, distances.masked_fill_(distances < _ROUNDING * scale, 0.0)
+        slack = scale.mul_(_ROUNDING)
+        yield start, distances - slack if least else distances.masked_fill_(distances < slack, 0.0)
 
 
 def nearest(features: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -84,7 +86,7 @@ def covered(points: torch.Tensor, centres: torch.Tensor, squares: torch.Tensor) 
             "expected (N, F), (M, F) and M radii"
         )
     points, centres = _checked(points, 1, "points"), _checked(centres, 1, "centres")
-    return torch.cat([(block <= squares).any(1) for _, block in _blocks(points, centres)])
+    return torch.cat([(block <= squares).any(1) for _, block in _blocks(points, centres, least=True)])
 
 
 def precision(samples: torch.Tensor, reference: torch.Tensor, k: int = K) -> float:
@@ -145,7 +147,7 @@ def _pairs_within(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Rows of points and centres, and squared distances, of all pairs within the radii of the centres."""
     found: list[tuple[torch.Tensor, ...]] = []
-    for start, block in _blocks(points, centres):
+    for start, block in _blocks(points, centres, least=True):
         at = (block <= squares).nonzero()
         found.append((at[:, 0] + start, at[:, 1], block[at[:, 0], at[:, 1]]))
     first, second, distances = zip(*found, strict=True)

@@ -57,8 +57,6 @@ def fid(features: torch.Tensor, reference: Moments, draws: int = DRAWS, seed: in
         cross = torch.linalg.eigvalsh(product / (count - 1)).clamp(min=0).sqrt().sum()
         return max(0.0, ((gap + mean).square().sum() + trace + total - 2 * cross).item())
 
-    if count < 2:
-        raise ValueError(f"a Fréchet distance needs at least 2 images, found {count}")
     found = [drawn(torch.from_numpy(row).to(centred)) for row in weights(count, draws, seed)]
     return Resampled(value, np.array(found), Scheme("bootstrap", count, seed))
 

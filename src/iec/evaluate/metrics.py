@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import torch
 
+BLOCK = 2**24  # values of a kernel that are held at once, 128 MiB
+
 
 @dataclasses.dataclass(frozen=True)
 class Moments:
@@ -147,7 +149,7 @@ def mean_kernel(x: torch.Tensor, y: torch.Tensor, *, distinct: bool = False) -> 
 
 def chunks(rows: torch.Tensor, width: int) -> Iterator[tuple[int, torch.Tensor]]:
     """Consecutive chunks of `rows` (N, F) with the number of their first row, so that `width` values of each take 128 MiB."""
-    size = max(1, 2**24 // width)
+    size = max(1, BLOCK // width)
     return ((start, rows[start : start + size]) for start in range(0, len(rows), size))
 
 

@@ -118,7 +118,7 @@ def _ssim(x: torch.Tensor, y: torch.Tensor, weights: torch.Tensor) -> torch.Tens
 
 
 def lpips(a: torch.Tensor, b: torch.Tensor, net: str = "alex", *, batch_size: int = 50) -> torch.Tensor:
-    """LPIPS (Zhang et al. 2018) of each image pair (N,), float64: 0 for equal images, about 0.7 for unrelated ones.
+    """LPIPS (Zhang et al. 2018) of each image pair (N,), float64: 0 for equal images.
 
     By the package `lpips`, with its network `net`: "alex", "vgg" or "squeeze". One grey channel is repeated to three.
     Values of different networks cannot be compared: name it.

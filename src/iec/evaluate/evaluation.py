@@ -1,6 +1,6 @@
 """Metrics of a set of images, each with its interval: from the images, or from the statistics they left behind.
 
-    statistics_of(images, network, seeds, targets)   what one shard leaves behind; `iec.evaluate.statistics.merged` joins shards
+    gathering.statistics_of(images, network, seeds, targets=...)   what a shard leaves behind; `iec.evaluate.statistics.merged` joins them
     evaluate_statistics(statistics, reference)       the metrics, without the images and without the network
     evaluate(images, reference, network)             both
     difference(a, b)                                 paired differences of two evaluations
@@ -13,18 +13,19 @@ networks, and FID not across counts, so an evaluation carries both.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from iec.evaluate.bootstrap import DRAWS, Interval, Resampled
-from iec.evaluate.measures import PAIRED, check, measured
-from iec.evaluate.networks import FeatureExtractor
+from iec.evaluate.gathering import TextScore, statistics_of_source
+from iec.evaluate.measures import check, check_against, measured, paired_scores
+from iec.evaluate.networks import FeatureExtractor, identity
 from iec.evaluate.references import ReferenceSet
+from iec.evaluate.sources import ImageSource, as_source
 from iec.evaluate.statistics import Statistics
-
-DISTRIBUTION = ("fid", "kid", "is", "precision", "recall")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -42,8 +43,8 @@ class Evaluation:
 
     @property
     def metrics(self) -> dict[str, Interval]:
-        """Every metric with its 95 % interval, in the order in which they were asked for."""
-        return {name: values.interval() for name, values in self.resampled.items()}
+        """Every metric with its 95 % interval (NaN for its ends when nothing was resampled), in the order of the question."""
+        return {name: _interval(values) for name, values in self.resampled.items()}
 
     def plain(self) -> dict[str, Any]:
         """JSON-able: {"count", "network", "references", "metrics": {name: {"value", "low", "high"}}}; infinities are null."""
@@ -55,44 +56,13 @@ class Evaluation:
         }
 
 
+def _interval(values: Resampled) -> Interval:
+    return values.interval() if len(values.draws) else Interval(values.value, math.nan, math.nan)
+
+
 def plain(interval: Interval) -> dict[str, float | None]:
-    """{"value", "low", "high"}: JSON knows no infinity (the PSNR of equal images), so these become None."""
-    return {key: value if abs(value) != float("inf") else None for key, value in interval._asdict().items()}
-
-
-def statistics_of(
-    images: torch.Tensor,
-    network: FeatureExtractor,
-    seeds: Sequence[int] | None = None,
-    *,
-    targets: Mapping[str, torch.Tensor] | None = None,
-    paired: Sequence[str] = ("mse", "ssim"),
-    scores: Mapping[str, torch.Tensor] | None = None,
-    batch_size: int = 50,
-) -> Statistics:
-    """What images uint8 (N, C, H, W) leave behind: features, and `paired` scores to the images (N, C, H, W) of each target.
-
-    `seeds`: ascending, one per image; None counts from 0. `paired`: of "mse", "ssim", "lpips"; the scores are named
-    "mse_fine" and so on. `scores`: further values per image (N,), such as "clip".
-
-    Raises ValueError or TypeError for images that are none, and targets of another shape.
-    """
-    extracted = network.features(images, batch_size)
-    values = {name: value.double() for name, value in (scores or {}).items()}
-    for target, others in (targets or {}).items():
-        if others.shape != images.shape:
-            raise ValueError(
-                f"target {target!r} holds images of {tuple(others.shape)}, expected those of the same seeds, "
-                f"{tuple(images.shape)}"
-            )
-        for kind in paired:
-            if kind not in PAIRED:
-                raise ValueError(f"unknown paired score {kind!r}; known: {', '.join(PAIRED)}")
-            values[f"{kind}_{target}"] = PAIRED[kind](images, others)
-    rows = torch.arange(len(images)) if seeds is None else torch.tensor(list(seeds), dtype=torch.int64)
-    return Statistics(
-        f"{network.name}@{network.identity}", rows, extracted.pool, extracted.logits, extracted.spatial, values
-    )
+    """{"value", "low", "high"}: JSON knows no infinity (the PSNR of equal images) and no NaN, so these become None."""
+    return {key: value if math.isfinite(value) else None for key, value in interval._asdict().items()}
 
 
 def evaluate_statistics(
@@ -106,7 +76,8 @@ def evaluate_statistics(
     """The `metrics` of images by their statistics, with `draws` resamples of them drawn with `seed`.
 
     fid, sfid, kid, precision and recall need a `reference` of the same network; the paired ones a score in `statistics`
-    (rmse_fine: "mse_fine"). Intervals are about the images alone: the reference is taken as it is.
+    (rmse_fine: "mse_fine"). Intervals are about the images alone: the reference is taken as it is. `draws` of 0 gives no
+    intervals, which saves time: each draw of a Fréchet distance on 2048 features takes seconds.
 
     Raises ValueError for an unknown metric, a missing reference or score, another network, or too few images.
     """
@@ -117,24 +88,42 @@ def evaluate_statistics(
 
 
 def evaluate(
-    images: torch.Tensor,
+    images: torch.Tensor | ImageSource,
     reference: ReferenceSet | None,
     network: FeatureExtractor,
     metrics: Sequence[str] = ("fid", "kid", "is"),
     *,
-    seeds: Sequence[int] | None = None,
-    targets: Mapping[str, torch.Tensor] | None = None,
-    scores: Mapping[str, torch.Tensor] | None = None,
+    targets: Mapping[str, torch.Tensor] | Mapping[str, ImageSource] | None = None,
+    prompts: Sequence[str] | None = None,
+    text_score: TextScore | None = None,
+    limit: int | None = None,
     batch_size: int = 50,
     draws: int = DRAWS,
     seed: int = 0,
+    progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
-    """The `metrics` of images uint8 (N, C, H, W), see `statistics_of` and `evaluate_statistics`."""
-    kinds = {"rmse": "mse", "psnr": "mse"}
-    heads = [name.partition("_")[0] for name in metrics if "_" in name]
-    paired = tuple(dict.fromkeys(kinds.get(head, head) for head in heads if kinds.get(head, head) in PAIRED))
-    statistics = statistics_of(
-        images, network, seeds, targets=targets, paired=paired, scores=scores, batch_size=batch_size
+    """The `metrics` of images: uint8 (N, C, H, W), or a source, which is read batch by batch.
+
+    Targets pair by order and are of the same kind. "clip" needs `text_score` (`iec.evaluate.clip.ClipScore`) and one of the
+    `prompts` per image. See `statistics_of_source` and `evaluate_statistics`, also for what is raised.
+    """
+    paired = paired_scores(metrics)
+    absent = [target for target in paired if target not in (targets or {})]
+    if absent:
+        raise ValueError(f"metrics compare with the target {absent[0]!r}, which is not given; give its images")
+    if "clip" in metrics and text_score is None:
+        raise ValueError("clip compares images with their prompts by a CLIP model; give text_score and prompts")
+    check_against(metrics, identity(network), reference)
+    statistics = statistics_of_source(
+        as_source(images),
+        network,
+        targets={name: as_source(others) for name, others in (targets or {}).items() if name in paired},
+        paired=paired,
+        prompts=prompts,
+        text_score=text_score if "clip" in metrics else None,
+        limit=limit,
+        batch_size=batch_size,
+        progress=progress,
     )
     return evaluate_statistics(statistics, reference, metrics, draws=draws, seed=seed)
 
@@ -146,4 +135,5 @@ def difference(a: Evaluation, b: Evaluation) -> dict[str, Interval]:
     """
     if a.network != b.network:
         raise ValueError(f"evaluations on {a.network} and {b.network} cannot be compared")
-    return {name: a.resampled[name].minus(b.resampled[name]).interval() for name in a.resampled if name in b.resampled}
+    shared = (name for name in a.resampled if name in b.resampled)
+    return {name: _interval(a.resampled[name].minus(b.resampled[name])) for name in shared}

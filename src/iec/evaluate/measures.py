@@ -1,116 +1,136 @@
-"""Each metric by its name: what it needs, its value, and its values in the resamples."""
+"""Each metric by its name: what it needs, its value, and its values in the resamples of the images."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
-import torch
 
-from iec.evaluate.bootstrap import Resampled, Scheme, halves, of_mean, of_rows
-from iec.evaluate.metrics import Moments, frechet_distance, inception_score, kernel_distance
+from iec.evaluate import intervals
+from iec.evaluate.bootstrap import Resampled, Scheme, of_mean
+from iec.evaluate.coverage import precision, recall
+from iec.evaluate.metrics import Moments, frechet_distance, inception_score, kernel_distance_exact
 from iec.evaluate.references import ReferenceSet
 from iec.evaluate.statistics import Statistics
 
-SETS = ("fid", "sfid", "kid", "is", "precision", "recall")
-PAIRS = {"rmse": "mse", "psnr": "mse", "ssim": "ssim", "lpips": "lpips"}  # metric: the score per image it is made of
+
+class _OfSets(NamedTuple):
+    """A metric of features against those of a reference: what it takes of the two, and how it is computed."""
+
+    rows: str  # field of Statistics
+    against: str | None  # field of ReferenceSet
+    value: Callable[..., float]
+    resampled: Callable[..., Resampled]
 
 
-def _mse(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return (a.double() / 255 - b.double() / 255).square().mean(dim=(1, 2, 3))
+_SETS = {
+    "fid": _OfSets("pool", "moments", lambda x, m: frechet_distance(Moments.of(x), m), intervals.fid),
+    "sfid": _OfSets("spatial", "spatial", lambda x, m: frechet_distance(Moments.of(x), m), intervals.fid),
+    "kid": _OfSets("pool", "features", kernel_distance_exact, intervals.kid),
+    "is": _OfSets("logits", None, lambda x: inception_score(x).mean, intervals.inception),
+    "precision": _OfSets("pool", "features", precision, intervals.precision_of),
+    "recall": _OfSets("pool", "features", recall, intervals.recall_of),
+}
 
 
-def _ssim(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    from iec.evaluate.similarity import ssim
+class _OfImages(NamedTuple):
+    """A metric that averages a score per image."""
 
-    return ssim(a, b)
-
-
-def _lpips(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    from iec.evaluate.similarity import lpips
-
-    return lpips(a, b).double()
+    score: str
+    resampled: Callable[..., Resampled]
 
 
-# Scores of image pairs uint8 (N, C, H, W): (N,), float64. The mean square error and not its root, as it is what is averaged.
-PAIRED: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {"mse": _mse, "ssim": _ssim, "lpips": _lpips}
+_PAIRS = {
+    "rmse": _OfImages("mse", intervals.rmse_of),
+    "psnr": _OfImages("mse", intervals.psnr_of),
+    "ssim": _OfImages("ssim", of_mean),
+    "lpips": _OfImages("lpips", of_mean),
+}
+_CLIP = _OfImages("clip", of_mean)
 
 
-def score_of(metric: str) -> str | None:
-    """The score per image that a metric averages, "mse_fine" for "rmse_fine"; None for metrics of sets.
+def known() -> str:
+    """The names of all metrics, for messages and help."""
+    return ", ".join((*_SETS, *(f"{kind}_TARGET" for kind in _PAIRS), "clip"))
 
-    Raises ValueError for an unknown name.
-    """
+
+def _find(metric: str) -> tuple[_OfSets | None, _OfImages | None, str]:
+    """What computes `metric`, and the score that it averages."""
+    if metric in _SETS:
+        return _SETS[metric], None, ""
     if metric == "clip":
-        return "clip"
+        return None, _CLIP, "clip"
     kind, _, target = metric.partition("_")
-    if kind in PAIRS and target:
-        return f"{PAIRS[kind]}_{target}"
-    if metric in SETS:
-        return None
-    paired = ", ".join(f"{kind}_TARGET" for kind in PAIRS)
-    raise ValueError(f"unknown metric {metric!r}; known: {', '.join(SETS)}, {paired}, clip")
+    if kind in _PAIRS and target:
+        return None, _PAIRS[kind], f"{_PAIRS[kind].score}_{target}"
+    raise ValueError(f"unknown metric {metric!r}; known: {known()}")
+
+
+def paired_scores(metrics: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """For each target that `metrics` name, the scores of image pairs they need: {"fine": ("mse", "ssim")}.
+
+    Raises ValueError for an unknown metric.
+    """
+    found: dict[str, tuple[str, ...]] = {}
+    for metric in metrics:
+        _, images, score = _find(metric)
+        kind, _, target = score.partition("_")
+        if images is not None and target:
+            found[target] = tuple(dict.fromkeys((*found.get(target, ()), kind)))
+    return found
+
+
+def check_against(metrics: Sequence[str], network: str, reference: ReferenceSet | None) -> None:
+    """Raise ValueError unless all `metrics` exist and find in `reference` what they need, for features of `network`."""
+    for metric in metrics:
+        sets, _, _ = _find(metric)
+        if sets is None or sets.against is None:
+            continue
+        if reference is None:
+            raise ValueError(f"{metric} compares with a set of images, and no reference was given")
+        if reference.network != network:
+            raise ValueError(
+                f"{metric}: the reference {reference.name!r} was made with {reference.network}, these images with "
+                f"{network}; use one network for both"
+            )
+        if getattr(reference, sets.against) is None:
+            lacking = {
+                "features": "holds only moments of features, not the features that are compared one by one",
+                "spatial": "holds no moments of spatial features, which are Inception's",
+            }
+            raise ValueError(
+                f"{metric}: the reference {reference.name!r} {lacking[sets.against]}; give the images themselves, or "
+                "statistics that were made of them here"
+            )
 
 
 def check(metrics: Sequence[str], statistics: Statistics, reference: ReferenceSet | None) -> None:
     """Raise ValueError unless all `metrics` can be had, before time is spent on the first."""
+    check_against(metrics, statistics.network, reference)
     for metric in metrics:
-        score = score_of(metric)
-        if score is not None:
+        sets, _, score = _find(metric)
+        if sets is None:
             statistics.score(score)
-        elif metric == "is":
-            if statistics.logits is None:
-                raise ValueError(f"is: the network {statistics.network} has no classes")
-        elif reference is None:
-            raise ValueError(f"{metric} compares with a set of images, and no reference was given")
-        elif reference.network != statistics.network:
-            raise ValueError(
-                f"{metric}: the reference {reference.name!r} was made with {reference.network}, these images with "
-                f"{statistics.network}; use one network for both"
-            )
-        elif metric == "sfid" and (reference.spatial is None or statistics.spatial is None):
-            raise ValueError(f"sfid: no spatial features of {reference.name!r} or of the images; sFID is Inception's")
-        elif metric in ("kid", "precision", "recall") and reference.features is None:
-            raise ValueError(
-                f"{metric} needs the features of the reference images, and {reference.name!r} has only their moments; give "
-                "the images, or statistics that `iec evaluate --save-reference` wrote"
-            )
+        elif getattr(statistics, sets.rows) is None:
+            lacking = {"logits": "gives no class logits", "spatial": "gives no spatial features; sFID is Inception's"}
+            raise ValueError(f"{metric}: the network {statistics.network} {lacking[sets.rows]}")
 
 
 def measured(metric: str, statistics: Statistics, reference: ReferenceSet | None, draws: int, seed: int) -> Resampled:
-    """The metric and its values in the resamples. Raises as `check` does, and for too few images."""
-    score = score_of(metric)
-    if score is not None:
+    """The metric with its values in `draws` resamples; with none of them if `draws` is 0. Raises as `check` does."""
+    check([metric], statistics, reference)
+    sets, images, score = _find(metric)
+    if images is not None:
         values = statistics.score(score)
-        kind = metric.partition("_")[0]
-        if kind == "rmse":
-            return of_mean(values, draws, seed, np.sqrt)
-        return of_mean(values, draws, seed, _decibels) if kind == "psnr" else of_mean(values, draws, seed)
-    if len(statistics) < 2:
-        raise ValueError(f"{metric} needs at least 2 images, found {len(statistics)}")
-    if metric == "is":
-        assert statistics.logits is not None
-        return of_rows(lambda rows: inception_score(rows).mean, statistics.logits, draws, seed)
-    assert reference is not None
-    if metric == "fid":
-        moments = reference.moments
-        return of_rows(lambda rows: frechet_distance(Moments.of(rows), moments), statistics.pool, draws, seed)
-    if metric == "sfid":
-        spatial = reference.spatial
-        assert spatial is not None and statistics.spatial is not None
-        return of_rows(lambda rows: frechet_distance(Moments.of(rows), spatial), statistics.spatial, draws, seed)
-    features = reference.features
-    assert features is not None
-    if metric == "kid":
-        return _of_halves(lambda rows: kernel_distance(rows, features).mean, statistics.pool, draws, seed)
-    raise NotImplementedError(metric)
-
-
-def _of_halves(statistic: Callable[[torch.Tensor], float], rows: torch.Tensor, draws: int, seed: int) -> Resampled:
-    drawn = [statistic(rows[torch.from_numpy(chosen)]) for chosen in halves(len(rows), draws, seed)]
-    return Resampled(statistic(rows), np.array(drawn), Scheme("halves", len(rows), seed))
-
-
-def _decibels(mean_square: np.ndarray) -> np.ndarray:
-    with np.errstate(divide="ignore"):  # equal images have an infinite PSNR
-        return -10 * np.log10(mean_square)
+        found = images.resampled(values, max(draws, 1), seed)
+        return found if draws else Resampled(found.value, np.empty(0), Scheme("none", len(values), seed))
+    assert sets is not None
+    rows = getattr(statistics, sets.rows)
+    given = (rows,) if sets.against is None else (rows, getattr(reference, sets.against))
+    try:
+        if draws == 0:
+            return Resampled(sets.value(*given), np.empty(0), Scheme("none", len(rows), seed))
+        return sets.resampled(*given, draws, seed)
+    except ValueError as error:
+        raise ValueError(f"{metric} of {len(rows)} images: {error}") from error

@@ -94,6 +94,11 @@ def file_identity(folder: Path) -> str:
     return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:16]
 
 
+def identity(network: FeatureExtractor) -> str:
+    """ "name@identity": what statistics and evaluations call the network."""
+    return f"{network.name}@{network.identity}"
+
+
 def open_network(spec: str, device: str = "cpu") -> FeatureExtractor:
     """The feature network that `spec` names (see the head of this module), on `device`.
 

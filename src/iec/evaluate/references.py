@@ -1,19 +1,29 @@
 """Reference sets: what real, or finer, images leave behind on a feature network, to compare others with.
 
-`open_reference` takes whatever there is: the statistics bundled with a feature network, the files of statistics that
-pytorch-fid and guided-diffusion publish (.npz with mu and sigma), our own (.safetensors), or images, of which the
-statistics are made.
+| spec | reference |
+|---|---|
+| `fashion-mnist`, `fashion-mnist:test` | the statistics bundled with that feature network; so for a network of `iec train` |
+| `FILE.npz` with `mu` and `sigma` | moments as pytorch-fid and guided-diffusion publish them (Inception only; no KID) |
+| `FILE.safetensors` | what `iec evaluate --save` kept of images |
+| anything that `iec.evaluate.sources` reads | the images, whose statistics are made now |
 """
 
 from __future__ import annotations
 
 import dataclasses
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
+from iec.evaluate.gathering import statistics_of_source
 from iec.evaluate.metrics import Moments
-from iec.evaluate.networks import FeatureExtractor
+from iec.evaluate.networks import FeatureExtractor, identity
 from iec.evaluate.reference import load_reference
+from iec.evaluate.sources import open_source
 from iec.evaluate.statistics import Statistics
 
 
@@ -40,12 +50,83 @@ class ReferenceSet:
         return cls(name, statistics.network, len(statistics), statistics.moments(), statistics.pool, spatial)
 
 
-def open_reference(spec: str, network: FeatureExtractor) -> ReferenceSet:
-    """The reference set that `spec` names, on `network`.
+def open_reference(
+    spec: str,
+    network: FeatureExtractor,
+    *,
+    limit: int | None = None,
+    crop: int | None = None,
+    batch_size: int = 50,
+    progress: Callable[[int], None] | None = None,
+) -> ReferenceSet:
+    """The reference set that `spec` names (see the head of this module), on `network`.
 
-    The name of a bundled network's dataset ("fashion-mnist") on that network. Raises ValueError for anything else.
+    `limit` and `crop` concern images alone: how many, and see `open_source`. `progress(done)` is called for each batch of
+    them.
+
+    Raises ValueError for an unknown name, a damaged file or image (which is named), or statistics of another network.
     """
-    if network.folder is not None and spec == network.name:
-        held = load_reference(network.folder)
-        return ReferenceSet(spec, f"{network.name}@{network.identity}", held.moments.count, held.moments, held.features)
-    raise ValueError(f"{spec!r}: no reference set on {network.name}")
+    bundled = _bundled(spec, network)
+    if bundled is not None:
+        return bundled
+    file = Path(spec)
+    if file.suffix == ".safetensors":
+        return ReferenceSet.of(Statistics.load(file, identity(network)), file.name)
+    if file.suffix == ".npz" and (tables := _published(file)) is not None:
+        return _from_published(file, tables, network)
+    source = open_source(spec, crop=crop)
+    made = statistics_of_source(source, network, paired=(), limit=limit, batch_size=batch_size, progress=progress)
+    return ReferenceSet.of(made, Path(spec).name or spec)
+
+
+def _bundled(spec: str, network: FeatureExtractor) -> ReferenceSet | None:
+    """The statistics beside the network's weights, if `spec` means them."""
+    name, _, split = spec.partition(":")
+    if network.folder is None or name not in (network.name, str(network.folder)):
+        from iec.evaluate.features import feature_networks
+
+        if name in feature_networks():
+            raise ValueError(
+                f"{spec!r}: the bundled statistics are of the network {name!r}, and do not fit {network.name}; use "
+                f"--network {name}, or give the images as a folder or file"
+            )
+        return None
+    if split not in ("", "train", "test"):
+        raise ValueError(f"{spec!r}: expected {name}, {name}:train or {name}:test")
+    held = load_reference(network.folder, "test" if split == "test" else "train")
+    called = f"{name}:{split or 'train'}"
+    return ReferenceSet(called, identity(network), held.moments.count, held.moments, held.features)
+
+
+def _published(file: Path) -> dict[str, np.ndarray] | None:
+    """mu, sigma (and mu_s, sigma_s) of an .npz file; None if it holds images."""
+    try:
+        with np.load(file, allow_pickle=False) as opened:
+            if "mu" not in opened.files:
+                return None
+            return {name: opened[name] for name in ("mu", "sigma", "mu_s", "sigma_s") if name in opened.files}
+    except FileNotFoundError as error:
+        raise ValueError(f"{file}: no such file") from error
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{file}: cannot be read, damaged or cut short: {error}") from error
+
+
+def _from_published(file: Path, tables: dict[str, np.ndarray], network: FeatureExtractor) -> ReferenceSet:
+    if network.name != "inception-2015":
+        raise ValueError(
+            f"{file}: published statistics are of Inception-2015, not of {network.name}; use --network inception"
+        )
+    moments = _moments(file, tables, "mu", "sigma", 2048)
+    spatial = _moments(file, tables, "mu_s", "sigma_s", 2023) if "mu_s" in tables else None
+    return ReferenceSet(file.name, identity(network), None, moments, None, spatial)
+
+
+def _moments(file: Path, tables: dict[str, Any], mean: str, covariance: str, size: int) -> Moments:
+    mu, sigma = tables[mean], tables.get(covariance)
+    if sigma is None or mu.shape != (size,) or sigma.shape != (size, size):
+        found = "nothing" if sigma is None else str(sigma.shape)
+        raise ValueError(f"{file}: {mean} is {mu.shape}, {covariance} {found}; expected ({size},) and ({size}, {size})")
+    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        raise ValueError(f"{file}: {mean} or {covariance} holds NaN or infinity")
+    # How many images they are of is not said; with a count of 2 the covariance is the scatter itself.
+    return Moments(2, torch.from_numpy(mu).double(), torch.from_numpy(sigma).double())

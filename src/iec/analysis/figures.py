@@ -1,0 +1,196 @@
+"""The figures of a study, one picture (PNG) per kind. Needs matplotlib, the extra `plot`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+Row = Mapping[str, Any]
+INK, FAINT = "#444444", "#d9dde3"
+PLAIN, CORRECTED, FULL, OTHER = "#2b6cb0", "#c05621", "#718096", "#2f855a"
+SERIES = ("#2b6cb0", "#c05621", "#2f855a", "#805ad5", "#b7791f", "#c53030", "#2c7a7b", "#4a5568", "#97266d")
+
+
+def draw(kind: str, rows: Sequence[Row], path: str | os.PathLike[str], title: str | None = None) -> None:
+    """Draw the rows of a kind (see `study.KINDS`) as a PNG file.
+
+    Raises ValueError for an unknown kind or no rows, ImportError without matplotlib.
+    """
+    if kind not in _DRAW:
+        raise ValueError(f"there is no figure of kind {kind!r}; known: {', '.join(_DRAW)}")
+    if not rows:
+        raise ValueError(f"there are no rows of kind {kind!r} to draw")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("drawing needs matplotlib: pip install 'iec-diffusion[plot]'") from error
+    figure = Figure(figsize=(10, 4.2), dpi=120, layout="constrained")
+    _DRAW[kind](figure, rows)
+    if title:
+        figure.suptitle(title, fontsize=11, color=INK)
+    figure.savefig(path, format="png", metadata={"Software": None})
+
+
+def _panel(
+    figure: Any, place: tuple[int, int, int], title: str, ylabel: str, xlabel: str = "step (0 is the noisiest)"
+) -> Any:
+    axes = figure.add_subplot(*place)
+    axes.set_title(title, fontsize=10, color=INK, loc="left")
+    axes.set_xlabel(xlabel, fontsize=9, color=INK)
+    axes.set_ylabel(ylabel, fontsize=9, color=INK)
+    axes.tick_params(labelsize=8, colors=INK)
+    axes.grid(True, color=FAINT, linewidth=0.6)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(FAINT)
+    return axes
+
+
+def _line(
+    axes: Any, rows: Sequence[Row], value: str, label: str, colour: str, *, sem: bool = True, **style: Any
+) -> None:
+    """A value against the steps, with a band of two standard errors (`…_sem`) or its interval (`…_low`, `…_high`)."""
+    rows = [row for row in rows if row.get(value) is not None]
+    if not rows:
+        return
+    steps, values = [row["step"] for row in rows], [row[value] for row in rows]
+    marker = {"marker": "o", "markersize": 3} if len(rows) < 12 else {}
+    axes.plot(steps, values, label=label, color=colour, linewidth=1.6, **{**marker, **style})
+    if f"{value}_low" in rows[0]:
+        band = [(row[f"{value}_low"], row[f"{value}_high"]) for row in rows]
+    elif sem and f"{value}_sem" in rows[0]:
+        band = [(row[value] - 2 * row[f"{value}_sem"], row[value] + 2 * row[f"{value}_sem"]) for row in rows]
+    else:
+        return
+    axes.fill_between(
+        steps, [low for low, _ in band], [high for _, high in band], color=colour, alpha=0.15, linewidth=0
+    )
+
+
+def _legend(axes: Any, **where: Any) -> None:
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=8, frameon=False, labelcolor=INK, **where)
+
+
+def _where(rows: Sequence[Row], **wanted: Any) -> list[Row]:
+    return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+
+
+def _logarithmic(axes: Any, values: Sequence[float]) -> None:
+    """A logarithmic axis where the values are positive and differ by more than tenfold."""
+    positive = [value for value in values if value]
+    if positive and min(positive) > 0 and max(positive) > 10 * min(positive):
+        axes.set_yscale("log")
+
+
+def _error(figure: Any, rows: Sequence[Row]) -> None:
+    kinds = [kind for kind in ("accumulated", "local") if _where(rows, error=kind)]
+    titles = {"accumulated": "Distance from full precision", "local": "Error of the step alone"}
+    for place, kind in enumerate(kinds):
+        of = _where(rows, error=kind)
+        axes = _panel(figure, (1, len(kinds) + 1, place + 1), titles[kind], "RMS per element")
+        _line(axes, _where(of, model="efficient", corrected=False), "rms", "efficient", PLAIN)
+        _line(axes, _where(of, model="efficient", corrected=True, against="full"), "rms", "efficient + IEC", CORRECTED)
+        _line(axes, _where(of, model="full", corrected=True), "rms", "full + IEC", FULL, linestyle="--")
+        against = _where(of, model="efficient", corrected=True, against="full + IEC")
+        _line(axes, against, "rms", "efficient + IEC, from full + IEC", OTHER, linestyle=":")
+        _logarithmic(axes, [row["rms"] for row in of])
+        _legend(axes)
+    axes = _panel(figure, (1, len(kinds) + 1, len(kinds) + 1), "What IEC changes, below 1: less", "with IEC / without")
+    styles = {"accumulated": (CORRECTED, "-"), "local": (PLAIN, "--")}
+    for kind in kinds:
+        colour, style = styles[kind]
+        ratio = _where(rows, error=kind, model="efficient", corrected=True, against="full")
+        _line(axes, ratio, "ratio", f"{kind} error", colour, linestyle=style)
+    axes.axhline(1, color=INK, linewidth=0.8)
+    _legend(axes)
+
+
+def _growth(figure: Any, rows: Sequence[Row]) -> None:
+    directions = list(dict.fromkeys(row["direction"] for row in rows))
+    titles = {"random": "Injected in a random direction", "error": "Injected along the model's own error"}
+    for place, direction in enumerate(directions):
+        axes = _panel(figure, (1, len(directions), place + 1), titles[direction], "growth since the injection")
+        of = _where(rows, direction=direction)
+        for number, after in enumerate(sorted({row["after"] for row in of})):
+            colour = SERIES[number % len(SERIES)]
+            _line(axes, _where(of, after=after, corrected=False), "growth", f"after step {after}", colour)
+            _line(axes, _where(of, after=after, corrected=True), "growth", "", colour, linestyle="--")
+            bound = [row for row in _where(of, after=after, corrected=False) if row.get("bound") is not None]
+            _line(axes, bound, "bound", "", colour, linestyle=":", linewidth=1.0, marker="")
+        _logarithmic(axes, [row[key] for row in of for key in ("growth", "bound") if row.get(key)])
+        axes.axhline(1, color=INK, linewidth=0.8)
+        axes.plot([], [], color=INK, linestyle="--", label="with IEC")
+        if any(row.get("bound") is not None for row in of):
+            axes.plot([], [], color=INK, linestyle=":", linewidth=1.0, label="product of the norms")
+        _legend(axes)
+
+
+def _split(figure: Any, rows: Sequence[Row]) -> None:
+    axes = _panel(figure, (1, 2, 1), "Errors at two inputs: how far they agree", "correlation c of e(x) and e(x′)")
+    _line(axes, _where(rows, point="estimate"), "correlation", "x′ = x⁰, IEC's estimate", CORRECTED)
+    own = _where(rows, point="random", nominal=None)
+    _line(axes, own, "correlation", "as far as x⁰, in a random direction", PLAIN)
+    for number, nominal in enumerate(sorted({row["nominal"] for row in rows if row["nominal"] is not None})):
+        colour = SERIES[(number + 2) % len(SERIES)]
+        label = f"random, ‖x′−x‖ = {nominal:g} ‖x‖"
+        _line(
+            axes, _where(rows, nominal=nominal), "correlation", label, colour, sem=False, linewidth=1.0, linestyle="--"
+        )
+    axes.set_ylim(min(-0.05, *(row["correlation"] for row in rows)), 1.05)
+    axes.axhline(0, color=INK, linewidth=0.8)
+    _legend(axes)
+    axes = _panel(figure, (1, 2, 2), "Square error that averaging e(x), e(x′) leaves", "share of ‖e(x)‖²")
+    _line(axes, _where(rows, point="estimate"), "kept", "x′ = x⁰, IEC's estimate", CORRECTED)
+    _line(axes, own, "kept", "as far as x⁰, in a random direction", PLAIN)
+    axes.axhline(1, color=INK, linewidth=0.8)
+    axes.axhline(0.5, color=INK, linewidth=0.8, linestyle=":", label="nothing shared")
+    axes.set_ylim(bottom=0)
+    _legend(axes)
+
+
+def _residuals(figure: Any, rows: Sequence[Row]) -> None:
+    contracting = any(row["contraction"] is not None for row in rows)
+    axes = _panel(figure, (1, 1 + contracting, 1), "Residuals of the corrections", "‖y′ − y‖ / ‖y‖")
+    second = _panel(figure, (1, 2, 2), "Residual over the one before", "ratio") if contracting else None
+    for model, correction in dict.fromkeys((row["model"], row["correction"]) for row in rows):
+        of, style = _where(rows, model=model, correction=correction), {"linestyle": "--" if model == "full" else "-"}
+        colour = SERIES[(correction - 1) % len(SERIES)]
+        _line(axes, of, "residual", f"{model}, correction {correction}", colour, **style)
+        if second is not None and correction > 1:
+            _line(second, of, "contraction", f"{model}, correction {correction}", colour, **style)
+    _logarithmic(axes, [row["residual"] for row in rows])
+    _legend(axes)
+    if second is not None:
+        second.axhline(1, color=INK, linewidth=0.8)
+        _legend(second)
+
+
+def _spectral(figure: Any, rows: Sequence[Row]) -> None:
+    growths, contractions = _where(rows, quantity="growth"), _where(rows, quantity="contraction")
+    panels = bool(growths) + bool(contractions)
+    if growths:
+        axes = _panel(figure, (1, panels, 1), "Growth of an error in a step", "‖A + B J‖")
+        _line(axes, growths, "norm", "largest factor, mean over samples", PLAIN)
+        axes.axhline(1, color=INK, linewidth=0.8)
+        _logarithmic(axes, [row["norm"] for row in growths])
+        _legend(axes)
+    if contractions:
+        axes = _panel(figure, (1, panels, panels), "Contraction of a correction", "‖(1−λ) I + λ B J‖")
+        for number, lam in enumerate(sorted({row["lam"] for row in contractions})):
+            _line(axes, _where(contractions, lam=lam), "norm", f"λ = {lam:g}", SERIES[number % len(SERIES)])
+        axes.axhline(1, color=INK, linewidth=0.8)
+        _logarithmic(axes, [row["norm"] for row in contractions])
+        _legend(axes, ncols=2)
+
+
+_DRAW: dict[str, Callable[[Any, Sequence[Row]], None]] = {
+    "spectral": _spectral,
+    "error": _error,
+    "growth": _growth,
+    "split": _split,
+    "residuals": _residuals,
+}

@@ -19,8 +19,9 @@ from iec.evaluate.workers import Task
 _STORE = (
     1 << 30
 )  # bytes of shared memory for results on their way, on a cluster of our own; taken only as they are needed
-# Read by Ray when it is imported: no statistics sent to its makers, no cloud metadata asked for.
-_QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+# Read by Ray when it is imported: no statistics sent to its makers, and nothing printed on stdout when a worker dies, which
+# `run_tasks` tells by itself.
+_QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS_SKIP_REGEX": "."}
 _PACKAGES = ("iec-diffusion", "torch", "diffusers", "numpy")  # which decide what comes out
 
 Bundle = dict[str, bytes]  # the files of a file or folder, by path below its parent

@@ -10,7 +10,7 @@ import torch
 
 # Arguments that pipelines want once per image; a single value is repeated.
 _PROMPTS = ("prompt", "prompt_2", "prompt_3")
-_PER_IMAGE = (*_PROMPTS, *(f"negative_{name}" for name in _PROMPTS), "class_labels")
+PER_IMAGE = (*_PROMPTS, *(f"negative_{name}" for name in _PROMPTS), "class_labels")
 _OURS = ("generator", "output_type", "return_dict", "num_images_per_prompt")
 
 
@@ -42,7 +42,7 @@ def batches(
         )
     accepted = inspect.signature(pipe.__call__).parameters
     _check(type(pipe).__name__, accepted, kwargs)
-    for key in _PER_IMAGE:
+    for key in PER_IMAGE:
         if isinstance(kwargs.get(key), (list, tuple)) and len(kwargs[key]) != len(seeds):
             raise ValueError(
                 f"{key} has {len(kwargs[key])} entries for {len(seeds)} seeds; give one value, or one per seed"
@@ -61,7 +61,7 @@ def _batches(
     for start in range(0, len(seeds), batch_size):
         chosen = slice(start, start + batch_size)
         count = len(seeds[chosen])
-        arguments = {key: _part(value, chosen, count) if key in _PER_IMAGE else value for key, value in kwargs.items()}
+        arguments = {key: _part(value, chosen, count) if key in PER_IMAGE else value for key, value in kwargs.items()}
         if "batch_size" in accepted:
             arguments["batch_size"] = count
         arguments["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds[chosen]]

@@ -35,7 +35,7 @@ class Interval(NamedTuple):
 
 
 class Scheme(NamedTuple):
-    """What rows were drawn: `kind` is "bootstrap" or "halves", of `count` rows, with `seed`."""
+    """What rows were drawn: of `count`, with `seed`; `kind` is "bootstrap", "linear" (the same, to first order) or "halves"."""
 
     kind: str
     count: int
@@ -161,3 +161,13 @@ def of_mean(
         raise ValueError(f"values of the shape {held.shape}: expected (N,), N >= 1, all finite")
     drawn = np.array([held[rows].mean() for rows in resamples(len(held), draws, seed)])
     return Resampled(float(then(np.array(held.mean()))), then(drawn), Scheme("bootstrap", len(held), seed))
+
+
+def of_influence(value: float, influence: torch.Tensor, draws: int, seed: int) -> Resampled:
+    """A metric's `value` and, to first order, its values in the resamples of N images: plus their `influence` (N,), summed.
+
+    `influence` is the derivative by each image's weight, see `iec.evaluate.influence`; it sums to 0.
+    """
+    held = np.asarray(influence, dtype=np.float64)
+    drawn = np.array([held[rows].sum() for rows in resamples(len(held), draws, seed)])
+    return Resampled(float(value), value + drawn, Scheme("linear", len(held), seed))

@@ -1,7 +1,7 @@
 """Metrics of a set of images with their values in resamples of the images: the same resamples for all arms.
 
-Each equals the metric's own function on the resampled rows, but what the resamples have in common is computed once. The
-reference is held fixed: intervals say how a metric moves with the seeds, which all arms of a comparison share.
+The reference is held fixed: intervals say how a metric moves with the seeds, which all arms of a comparison share. What the
+resamples have in common is computed once.
 """
 
 from __future__ import annotations
@@ -9,25 +9,33 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from iec.evaluate.bootstrap import DRAWS, Resampled, Scheme, halves, of_mean, resamples, weights
+from iec.evaluate.bootstrap import DRAWS, Resampled, Scheme, halves, of_influence, of_mean, resamples, weights
 from iec.evaluate.coverage import K, covered, precision, radii, recalls_of_parts
+from iec.evaluate.influence import frechet_influence, kernel_influence
 from iec.evaluate.metrics import (
     Moments,
-    chunks,
     frechet_distance,
     inception_score,
     inception_splits,
     kernel_distance_exact,
-    mean_kernel,
-    polynomial_kernel,
     square_root,
 )
 
 
 def fid(features: torch.Tensor, reference: Moments, draws: int = DRAWS, seed: int = 0) -> Resampled:
-    """Fréchet distance of features (N, F) to the reference; also sFID, on spatial features.
+    """Fréchet distance of features (N, F) to the reference, resampled by the images' influences; also sFID, on spatial features.
 
     Raises ValueError as `Moments.of` and `frechet_distance` do, and below 2 images.
+    """
+    value = frechet_distance(Moments.of(features), reference)
+    return of_influence(value, frechet_influence(features, reference).cpu(), draws, seed)
+
+
+def fid_of_resamples(features: torch.Tensor, reference: Moments, draws: int = DRAWS, seed: int = 0) -> Resampled:
+    """`fid` with the distance of every resample computed in full: what the influences are checked against.
+
+    Too wide for small distances and few images, see `iec.evaluate.influence`, and slow: each draw costs a matrix of
+    dimensions and its eigenvalues.
     """
     moments = Moments.of(features)
     value = frechet_distance(moments, reference)
@@ -62,26 +70,12 @@ def fid(features: torch.Tensor, reference: Moments, draws: int = DRAWS, seed: in
 
 
 def kid(features: torch.Tensor, reference: torch.Tensor, draws: int = DRAWS, seed: int = 0) -> Resampled:
-    """KID of features (N, F) to those of the reference (M, F), over all of them, see `kernel_distance_exact`.
+    """KID of features (N, F) to those of the reference (M, F), over all of them, resampled by the images' influences.
 
-    An image that occurs twice in a resample is no pair of similar images: pairs are of different images only, so the
-    resamples are as unbiased as the value.
+    Raises ValueError as `kernel_distance_exact` does.
     """
     value = kernel_distance_exact(features, reference)
-    count = len(features)
-    held = torch.from_numpy(weights(count, draws, seed)).to(features.device)
-    x, y = features.double(), reference.double()
-    within, across = torch.zeros(draws, dtype=torch.float64), torch.zeros(draws, dtype=torch.float64)
-    for start, rows in chunks(x, max(len(x), len(y))):
-        part = held[:, start : start + len(rows)]
-        kernel = polynomial_kernel(rows, x)
-        kernel.diagonal(offset=start).fill_(0)
-        within += (part * (kernel @ held.T).T).sum(1).cpu()
-        across += (part @ polynomial_kernel(rows, y).mean(1)).cpu()
-    among = mean_kernel(y, y, distinct=True)
-    pairs = count**2 - held.square().sum(1).cpu()
-    found = within / pairs + among - 2 * across / count
-    return Resampled(value, found.numpy(), Scheme("bootstrap", count, seed))
+    return of_influence(value, kernel_influence(features, reference).cpu(), draws, seed)
 
 
 def inception(logits: torch.Tensor, draws: int = DRAWS, seed: int = 0, *, split: int = 5000) -> Resampled:

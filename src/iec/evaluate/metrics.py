@@ -94,12 +94,15 @@ def polynomial_kernel(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return (x @ y.T / x.shape[1] + 1) ** 3
 
 
-def _two_sets(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def two_sets(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both in float64. Raises ValueError unless they are features (N, F) and (M, F), at least 2 of each, all finite."""
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
         raise ValueError(f"features of {tuple(a.shape)} and {tuple(b.shape)}: expected (N, F) and (M, F)")
     a, b = a.double(), b.double()
     if not bool(a.isfinite().all() and b.isfinite().all()):
         raise ValueError("features hold values that are not finite")
+    if min(len(a), len(b)) < 2:
+        raise ValueError(f"KID needs at least 2 features on each side, found {len(a)} and {len(b)}")
     return a, b
 
 
@@ -111,7 +114,7 @@ def kernel_distance(
     The mean over `subsets` random subsets, drawn without replacement from each side with `seed`; their size is
     `subset_size`, or the smaller of N and M. Unbiased for any N, hence near zero, or below, for equal distributions.
     """
-    a, b = _two_sets(a, b)
+    a, b = two_sets(a, b)
     size = min(subset_size, len(a), len(b))
     if size < 2 or subsets < 1:
         raise ValueError(f"KID needs at least one subset of 2 or more, found {subsets} of {size}")
@@ -132,9 +135,7 @@ def kernel_distance_exact(a: torch.Tensor, b: torch.Tensor) -> float:
     It has the expected value of any number and size of subsets, so it is comparable with published values, but none of
     the noise of drawing them. Raises ValueError unless both sides hold at least 2 features, all finite.
     """
-    a, b = _two_sets(a, b)
-    if min(len(a), len(b)) < 2:
-        raise ValueError(f"KID needs at least 2 features on each side, found {len(a)} and {len(b)}")
+    a, b = two_sets(a, b)
     return mean_kernel(a, a, distinct=True) + mean_kernel(b, b, distinct=True) - 2 * mean_kernel(a, b)
 
 

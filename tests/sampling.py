@@ -186,6 +186,7 @@ def reference(
     generator: list[torch.Generator] | None = None,
     begin: int | None = None,
     project: Callable[[Tensor, int], Tensor] = lambda y, _: y,
+    ahead: int = 0,
 ) -> Tensor:
     """The corrected run, from METHOD: same t, same x_t, same noise, new model output at the current estimate y.
 
@@ -193,7 +194,7 @@ def reference(
     history of a multistep solver takes the blended model output; the sample returned is the blend of the samples.
 
     Image to image runs start at step `begin`, from `x` as it is. `project` is what an inpainting loop does to each
-    estimate, given the index of the step that it leads to.
+    estimate, given the index of the step that it leads to. Corrections are evaluated at the timestep `ahead` of their step.
     """
 
     def step(state: Any, m: Tensor) -> tuple[Any, Tensor]:
@@ -223,7 +224,7 @@ def reference(
         active = torch.ones(len(x), dtype=torch.bool)
         for factor in relax if index in corrected else ():
             scaled = getattr(state, "scale_model_input", lambda value, _: value)(y.clone(), t)
-            new_m = denoise(scaled, t)
+            new_m = denoise(scaled, state.timesteps[index + ahead])
             _, new_y = step(before, new_m)
             change = residuals(new_y, y)
             weight = (factor * active.to(y.dtype)).reshape(-1, *(1,) * (y.dim() - 1))

@@ -17,8 +17,9 @@ from iec.evaluate.sampling import with_scheduler
 from iec.pipeline.caching import cache
 from iec.pipeline.installation import undo
 from iec.pipeline.quantizing import quantize
+from iec.pipeline.scaling import scale
 from iec.pipeline.session import enable
-from iec.plan import parse_probe, resolve_relaxation, spell
+from iec.plan import resolve_relaxation, spell
 from iec.quant.config import QuantConfig
 from iec.quant.reconstruct import Reconstruction
 
@@ -86,15 +87,14 @@ class Arm:
             raise ValueError(f"scale is {self.scale!r}, expected a number above 0, usually 0.99 … 1.01")
         if not _is_number(self.eta) or not 0 <= self.eta <= 1:
             raise ValueError(f"eta is {self.eta!r}, expected a number in 0 … 1")
-        factors, tol = resolve_relaxation(self.relax, self.tol)
-        self._set("probe", str(parse_probe(self.probe)))
+        factors, tol, place = resolve_relaxation(self.relax, self.tol, self.probe)
         steps = None if self.steps is None else "".join(spell(self.steps).lower().split())
         self._set("steps", None if steps == "none" else steps)
         # What an uncorrected arm says of corrections is no difference.
         corrected = self.steps is not None
         self._set("relax", factors if corrected else (0.5,))
         self._set("tol", tol if corrected else None)
-        self._set("probe", self.probe if corrected else "estimate")
+        self._set("probe", str(place) if corrected else "estimate")
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
@@ -224,8 +224,12 @@ def calibration_options(arm: Arm) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def prepared(pipe: Any, arm: Arm, calibration: Calibration | None = None) -> Iterator[Any]:
+def prepared(
+    pipe: Any, arm: Arm, calibration: Calibration | None = None, kernel: str = "auto"
+) -> Iterator[Any]:
     """A pipeline as the arm wants it, with the weights of `pipe`; afterwards these are what they were.
+
+    `kernel` is that of quantized layers, see `iec.quantize`.
 
     Call it with `arm.num_inference_steps` and `arm.kwargs`. Raises ValueError for an arm that needs a calibration without
     one, or whose `eta` or `scale` its scheduler does not take, and as `iec.quantize`, `iec.cache` and `iec.enable` do.
@@ -237,11 +241,13 @@ def prepared(pipe: Any, arm: Arm, calibration: Calibration | None = None) -> Ite
         if arm.eta and "eta" not in inspect.signature(pipe.scheduler.step).parameters:
             raise ValueError(f"{arm.name!r} has eta {arm.eta:g}, but {type(pipe.scheduler).__name__} takes none")
         if arm.quant is not None and calibration is not None:
-            quantize(pipe, calibration)
+            quantize(pipe, calibration, kernel)
         if arm.cache is not None:
             cache(pipe, arm.cache, calibration if isinstance(arm.cache, CacheQuant) else None)
+        if arm.scale != 1:
+            scale(pipe, arm.scale)
         if arm.steps is not None:
-            enable(pipe, steps=arm.steps, relax=arm.relax, tol=arm.tol)
+            enable(pipe, steps=arm.steps, relax=arm.relax, tol=arm.tol, probe=arm.probe)
         yield pipe
     finally:
         undo(pipe)

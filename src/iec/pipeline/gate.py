@@ -122,7 +122,7 @@ class Gate:
         given = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
         if slot is None or not isinstance(given, Tensor):
             return False
-        expected = self.state.scaled[0] if self.state.scaled is not None else slot.y
+        expected = self.state.scaled[0] if self.state.scaled is not None else slot.given
         if given.dim() != expected.dim() or given.dim() < 2 or given.shape[2:] != expected.shape[2:]:
             return False
         if given.shape[0] < expected.shape[0] or given.shape[1] < expected.shape[1]:

@@ -12,7 +12,7 @@ from iec.pipeline.foreign import names
 from iec.pipeline.installation import Installation, installation, installed, switching
 from iec.pipeline.quantizing import quantized
 from iec.pipeline.summary import Summary
-from iec.plan import CorrectionPlan, Relaxation, StepClock, resolve_relaxation, spell
+from iec.plan import CorrectionPlan, Probe, Relaxation, StepClock, resolve_relaxation, spell
 from iec.schedule.scheduler import IECScheduler
 
 
@@ -67,6 +67,7 @@ class Session:
             "spec": spec.spec if isinstance(spec, CorrectionPlan) else spec,
             "relax": state.relaxation.factors,
             "tol": state.relaxation.tol,
+            "probe": str(state.relaxation.probe),
             "enabled": self.active,
             **_beside(self.pipe, self.held),
         }
@@ -114,6 +115,7 @@ def enable(
     steps: str | Iterable[int] | CorrectionPlan | None = None,
     relax: Sequence[float] | float | str = (0.5,),
     tol: float | None = None,
+    probe: str | Probe = "estimate",
 ) -> Session:
     """Switch IEC on: every following call of `pipe` corrects the chosen steps.
 
@@ -123,13 +125,15 @@ def enable(
             the run, as those of `iec.cache` are, else `ends:1/10`.
         relax: relaxation factors (λ₁ … λ_K), one extra evaluation each, or a preset: paper, released-ddpm, released-ldm.
         tol: relative residual below which a sample is frozen and spends no more on its step; None: never.
+        probe: where a correction evaluates the denoiser: "estimate" is IEC; "next" and "start[:ρ]" are controls (see
+            `iec.plan.probe`).
 
     Enabling again with the same options returns the same session; with others it raises ValueError. Raises TypeError for a
     pipeline, a scheduler or a cache of another library that cannot be corrected, RuntimeError for such a cache that was put
     over IEC, ValueError for bad options; the pipeline is then as it was. A correction goes past such a cache and evaluates
     the whole model; the other visits are those of the cached run without IEC, bit for bit with relax=(0.0,).
     """
-    wanted = resolve_relaxation(relax, tol)
+    wanted = resolve_relaxation(relax, tol, probe)
     if steps is not None and not isinstance(steps, CorrectionPlan):
         steps = spell(steps)
     with switching:
@@ -176,6 +180,8 @@ def _beside(pipe: Any, held: Installation | None) -> dict[str, Any]:
     """What a summary says of the quantization and the cache of a pipeline, be the cache ours or another library's."""
     quantizing, caching = quantized(held), cached(held)
     told: dict[str, Any] = {} if quantizing is None else {"quant": quantizing.describe()}
+    if held is not None:
+        told["scale"] = held.state.scale
     if caching is not None:
         refreshed, reused = caching.counts() or (None, None)
         told |= {"cache": repr(caching.config), "refreshed": refreshed, "reused": reused}

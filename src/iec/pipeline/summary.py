@@ -16,7 +16,8 @@ class Summary:
     averaged over the batch. `cache` describes the cache on the pipeline, of whose evaluations `refreshed` were whole passes
     (corrections among them) and `reused` were not; all three are None without one, the last two also for a cache of another
     library. `quant` describes the quantization on
-    the pipeline, None without one. Seconds are wall time from the first to the last step.
+    the pipeline, None without one. `probe` is where corrections evaluate the denoiser, `scale` what its output is multiplied by.
+    Seconds are wall time from the first to the last step.
     """
 
     pipeline: str
@@ -37,6 +38,8 @@ class Summary:
     refreshed: int | None = None
     reused: int | None = None
     quant: str | None = None
+    probe: str = "estimate"
+    scale: float = 1.0
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -49,7 +52,8 @@ class Summary:
         tol = "none" if self.tol is None else f"{self.tol:g}"
         lines = [
             f"IEC on {self.pipeline} ({self.scheduler}){'' if self.enabled else ', switched off since'}",
-            f"  plan         steps={self.spec}  relax=({relax})  tol={tol}",
+            f"  plan         steps={self.spec}  relax=({relax})  tol={tol}"
+            + ("" if self.probe == "estimate" else f"  probe={self.probe}"),
             *self._beside(),
         ]
         if self.num_steps is None or self.seconds is None or self.correction_seconds is None:
@@ -70,8 +74,9 @@ class Summary:
         return "\n".join(lines)
 
     def _beside(self) -> list[str]:
-        """What else is on the pipeline: a quantization, a cache."""
+        """What else is on the pipeline: a quantization, a scaling of its output, a cache."""
         lines = [] if self.quant is None else [f"  quant        {self.quant}"]
+        lines += [] if self.scale == 1 else [f"  output       times {self.scale:g}"]
         if self.cache is not None:
             counts = "" if self.refreshed is None else f": {self.refreshed} whole passes, {self.reused} reused"
             lines.append(f"  cache        {self.cache}{counts}")

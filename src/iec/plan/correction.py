@@ -18,6 +18,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from iec.core.correction import check_relax, check_tol
+from iec.plan.probe import Probe, parse_probe
 
 FORMS = "all, none, first:N, last:N, ends:N (N a count or a fraction like 1/10), at:0,3,99, refresh, joined by + and &"
 
@@ -38,10 +39,13 @@ class CorrectionPlan:
 
 
 class Relaxation(NamedTuple):
-    """How a step is corrected: `factors` (λ₁ … λ_K) and the tolerance `tol` at which a sample is frozen (None: never)."""
+    """How a step is corrected: `factors` (λ₁ … λ_K), the tolerance `tol` at which a sample is frozen (None: never), and the
+    `probe`, where the denoiser is evaluated.
+    """
 
     factors: tuple[float, ...]
     tol: float | None
+    probe: Probe = Probe()
 
 
 PRESETS = {
@@ -51,19 +55,22 @@ PRESETS = {
 }
 
 
-def resolve_relaxation(relax: Sequence[float] | float | str, tol: float | None) -> Relaxation:
-    """Check `relax` and `tol`; a preset's name stands for its factors, and for its tolerance where `tol` is None.
+def resolve_relaxation(
+    relax: Sequence[float] | float | str, tol: float | None, probe: str | Probe = "estimate"
+) -> Relaxation:
+    """Check `relax`, `tol` and `probe`; a preset's name stands for its factors, and for its tolerance where `tol` is None.
 
-    Raises ValueError or TypeError for an unknown preset, an empty or negative `relax`, a negative `tol`.
+    Raises ValueError or TypeError for an unknown preset, an empty or negative `relax`, a negative `tol`, an unknown probe.
     """
+    place = parse_probe(probe)
     if isinstance(relax, str):
         if relax not in PRESETS:
             raise ValueError(
                 f"unknown relax preset {relax!r}; known: {', '.join(PRESETS)}; or give factors such as (0.5,)"
             )
         preset = PRESETS[relax]
-        return Relaxation(preset.factors, preset.tol if tol is None else check_tol(tol))
-    return Relaxation(check_relax(relax), check_tol(tol))
+        return Relaxation(preset.factors, preset.tol if tol is None else check_tol(tol), place)
+    return Relaxation(check_relax(relax), check_tol(tol), place)
 
 
 def resolve(

@@ -15,14 +15,17 @@ from iec.schedule.slot import Slot
 class Run:
     """The course of one pass over the timesteps, from step `begin` on.
 
-    `index` is the current step (-1: none yet), `slot` its correction while one is open.
+    `index` is the current step (-1: none yet), `slot` its correction while one is open. The corrections of a step are
+    evaluated at the timestep of the step that lies `ahead` of it.
     """
 
-    def __init__(self, timesteps: Tensor, plan: CorrectionPlan, begin: int, thread: int) -> None:
+    def __init__(self, timesteps: Tensor, plan: CorrectionPlan, begin: int, thread: int, ahead: int = 0) -> None:
         self.timesteps = timesteps
         self.values = [float(t) for t in timesteps.tolist()]
         self.plan = plan
         self.thread = thread
+        self.ahead = ahead
+        self.marks: list[bytes] | None = None  # of the samples that the run began with, where they seed directions
         self.begin = begin
         self.index = -1
         self.slot: Slot | None = None
@@ -37,9 +40,9 @@ class Run:
         """The timestep of the current step."""
         return self.values[self.index]
 
-    def is_at(self, timestep: Any) -> bool:
-        """Whether `timestep` (a number or a tensor of equal ones) is the current step's."""
-        return _value(timestep) == self.timestep
+    def corrects_at(self, timestep: Any) -> bool:
+        """Whether `timestep` (a number or a tensor of equal ones) is that of the current step's corrections."""
+        return _value(timestep) == self.values[self.index + self.ahead]
 
     def enter(self, timestep: Any, inner: Any) -> str | None:
         """Move to the step of `timestep`; `index` is then that step, or -1 when the timestep is not of this run.

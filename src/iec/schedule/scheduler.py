@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iec.plan import CorrectionPlan, resolve_relaxation, spell
+from iec.plan import CorrectionPlan, Probe, resolve_relaxation, spell
 from iec.schedule.state import IECState
 from iec.schedule.support import check_scheduler
 
@@ -29,13 +29,15 @@ class IECScheduler:
         steps: which steps are corrected (see `iec.plan.resolve`); None is `refresh` beside a cache, else `ends:1/10`.
         relax: the relaxation factors (λ₁ … λ_K), or the name of a preset: paper, released-ddpm, released-ldm.
         tol: relative residual below which a sample is frozen for the rest of its step; None: never.
+        probe: where a correction evaluates the model: "estimate" is IEC; "next" and "start[:ρ]" are controls (see
+            `iec.plan.probe`).
 
     It presents itself as an instance of the inner scheduler's class, forwards whatever it does not define, and saves as
     the inner scheduler (a saved pipeline is portable and carries no IEC). `steps="none"` and `relax=(0.0,)` give the
     plain scheduler's results bit for bit. Image-to-image and inpainting pipelines cut the list of timesteps, so they need
     `iec.enable(pipe)`. One run at a time: a step from another thread than the one that called `set_timesteps` is refused.
 
-    Raises TypeError for a scheduler that cannot be corrected, ValueError for bad `steps`, `relax` or `tol`.
+    Raises TypeError for a scheduler that cannot be corrected, ValueError for bad `steps`, `relax`, `tol` or `probe`.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class IECScheduler:
         steps: str | Iterable[int] | CorrectionPlan | None = None,
         relax: Sequence[float] | float | str = (0.5,),
         tol: float | None = None,
+        probe: str | Probe = "estimate",
     ) -> None:
         if isinstance(inner, IECScheduler):
             raise TypeError(
@@ -52,7 +55,7 @@ class IECScheduler:
         check_scheduler(inner)
         if steps is not None and not isinstance(steps, CorrectionPlan):
             steps = spell(steps)
-        vars(self)["iec"] = IECState(inner, steps, resolve_relaxation(relax, tol))
+        vars(self)["iec"] = IECState(inner, steps, resolve_relaxation(relax, tol, probe))
         # diffusers derives the library of a component from this.
         vars(self)["__module__"] = type(inner).__module__
 
@@ -84,6 +87,8 @@ class IECScheduler:
     def __repr__(self) -> str:
         state = self.iec
         options = f"steps={state.steps!r}, relax={state.relaxation.factors}, tol={state.relaxation.tol}"
+        if state.relaxation.probe.kind != "estimate":
+            options += f", probe={str(state.relaxation.probe)!r}"
         return f"IECScheduler({type(state.inner).__name__}, {options})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> IECScheduler:
@@ -94,19 +99,19 @@ class IECScheduler:
 
     def _with(self, inner: Any) -> IECScheduler:
         state = self.iec
-        other = IECScheduler(inner, state.steps, state.relaxation.factors, state.relaxation.tol)
+        other = IECScheduler(inner, state.steps, *state.relaxation)
         other.iec.join(state)
         return other
 
     def __reduce__(self) -> Any:
         state = self.iec
-        return IECScheduler, (state.inner, state.steps, state.relaxation.factors, state.relaxation.tol)
+        return IECScheduler, (state.inner, state.steps, *state.relaxation)
 
     # --- what the pipeline's loop reads and calls -----------------------------------------------------------------
 
     @property
     def timesteps(self) -> Tensor:
-        """The inner timesteps, each corrected one 1 + K times."""
+        """The inner timesteps, each corrected one 1 + K times; the repeats of the probe "next" are the timestep after it."""
         return self.iec.shown(self.iec.inner.timesteps)
 
     @property
@@ -150,7 +155,9 @@ class IECScheduler:
 
         @functools.wraps(inner)
         def scale_model_input(sample: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            scaled = inner(sample, *args, **kwargs)
+            slot = state.run.slot if state.run is not None else None
+            away = slot is not None and slot.away
+            scaled = slot.scaled(inner, sample, *args, **kwargs) if away else inner(sample, *args, **kwargs)
             if state.plan is not None and len(state.plan):
                 if scaled is sample:  # a runtime with bound buffers may write its output over its input
                     scaled = sample.clone()

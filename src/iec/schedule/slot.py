@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from iec.core.correction import blend, finite, residual
 from iec.plan import Relaxation
+from iec.schedule.directions import directions
 from iec.schedule.replay import NoiseState, Snapshot
 
 # A step that moves a sample by less than this fraction of its norm (A = 1, B = 0) leaves nothing to correct.
@@ -20,6 +22,12 @@ def _tensors(output: Any) -> dict[Any, Tensor]:
     """The tensors of a step's output (a dataclass of diffusers, or a tuple) by key."""
     items = enumerate(output) if isinstance(output, tuple) else output.items()
     return {key: value for key, value in items if isinstance(value, Tensor)}
+
+
+def _norms(samples: Tensor) -> Tensor:
+    """The norm of each sample, as (B, 1, …)."""
+    wide = samples.to(torch.promote_types(samples.dtype, torch.float32))
+    return torch.linalg.vector_norm(wide, dim=tuple(range(1, wide.dim())), keepdim=True)
 
 
 def _replaced(output: Any, tensors: dict[Any, Tensor]) -> Any:
@@ -34,11 +42,15 @@ class Slot:
 
     The sample that a visit returns is the paper's blend. The history of a multistep solver takes the blend of the model
     outputs instead, so that with λ = 0 it is the plain solver's, bit for bit.
+
+    With the probe "start" the pipeline is handed, before each correction, the sample at which the model is to be evaluated in
+    the place of the estimate, which is kept here. `marks` are the seeds of its directions.
     """
 
-    def __init__(self, scheduler: Any, relaxation: Relaxation) -> None:
+    def __init__(self, scheduler: Any, relaxation: Relaxation, step: int = 0, marks: list[bytes] | None = None) -> None:
         self.scheduler = scheduler
         self.relaxation = relaxation
+        self.index, self.marks = step, marks
         self.visit = 0
         self.residuals: list[Tensor] = []
         self.stood_back = False
@@ -63,10 +75,12 @@ class Slot:
         moved = residual(self.y, x_t) if self.y.shape == x_t.shape else torch.ones(len(self.y), device=self.y.device)
         self.active = ~(moved < NO_OP)
         self.visit = 1
-        return output
+        return self._handed()
 
     def correct(self, m_new: Any, y: Tensor) -> Any:
-        """One correction: `m_new` is the model's output at `y`, the current estimate of the next state."""
+        """One correction: `m_new` is the model's output at `y`, the current estimate of the next state, or where the probe is."""
+        if self.away:
+            y = self.y
         factor = self.relaxation.factors[self.visit - 1]
         again = self._step(m_new)
         new = _tensors(again)
@@ -86,16 +100,63 @@ class Slot:
             self.active = self.active & (change >= self.relaxation.tol)
         self._returned(output)
         self.visit += 1
-        return output
+        return self._handed()
 
     def repeat(self) -> Any:
         """A visit whose model output is not wanted, all samples being frozen: the output of the visit before."""
         self.visit += 1
-        return self.output
+        return self._handed()
 
     def settled(self) -> bool:
         """Whether all samples are frozen, so that further evaluations would change nothing."""
         return not bool(self.active.any())
+
+    @property
+    def away(self) -> bool:
+        """Whether the model is evaluated at another sample than the estimate."""
+        return self.relaxation.probe.kind == "start"
+
+    def scaled(self, scale: Callable[..., Tensor], sample: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The model's input away from the estimate, by the scheduler's `scale_model_input`.
+
+        `sample` is what was handed out, once or, for guidance, several times; what a loop has done to it meanwhile (inpainting)
+        belongs to the next noise level, and is left out.
+        """
+        times, rest = divmod(len(sample), len(self.point))
+        if not rest and sample.shape[1:] == self.point.shape[1:]:
+            sample = torch.cat([self.point] * times)
+        return self._before(scale, sample, *args, **kwargs)
+
+    def _before(self, scale: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """What `scale_model_input` gave before the step, whose noise level x_t has."""
+        live = dict(vars(self.scheduler))
+        self.snapshot.restore(self.scheduler)
+        try:
+            return scale(*args, **kwargs)
+        finally:
+            vars(self.scheduler).update(live)
+
+    def _handed(self) -> Any:
+        """The output that the pipeline gets: the next visit evaluates the model at its sample, which is `given`."""
+        if not self.away or self.visit > len(self.relaxation.factors):
+            self.given = self.y
+            return self.output
+        self.point = self._start()
+        self.given = self.point.clone()
+        return _replaced(self.output, {self.key: self.given})
+
+    def _start(self) -> Tensor:
+        """x_t, displaced by ρ times the way of the model's input from x_t to the estimate."""
+        x_t, distance = self.call.arguments["sample"], self.relaxation.probe.distance
+        if not distance or self.marks is None:
+            return x_t
+        before, after = x_t, self.y
+        scale = getattr(self.scheduler, "scale_model_input", None)
+        if scale is not None:  # the inputs of some schedulers are not their samples
+            timestep = self.call.arguments["timestep"]
+            before, after = self._before(scale, x_t, timestep), scale(self.y, timestep)
+        way = distance * _norms(after - before) * _norms(x_t) / _norms(before)
+        return x_t + (way * directions(x_t, self.marks, self.index, self.visit)).to(x_t.dtype)
 
     def _returned(self, output: Any) -> None:
         self.output = output

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from iec.plan import CorrectionPlan, Relaxation, StepClock, resolve
+from iec.schedule.directions import marks
 from iec.schedule.run import Run
 from iec.schedule.slot import Slot
 
@@ -37,6 +38,7 @@ class IECState:
         self.logical = False  # show the inner list (get_timesteps of image-to-image pipelines)
         self.scaled: tuple[Tensor, Tensor] | None = None
         self.skip = False  # the coming evaluation is not wanted (read by the gate on the denoiser)
+        self.scale = 1.0  # what the model's output is multiplied by
         self.warned = False
         self.signature = inspect.signature(inner.step)
 
@@ -45,6 +47,15 @@ class IECState:
         self.end_run()
         self.last_run = None
         self.steps, self.relaxation = steps, relaxation
+
+    @property
+    def ahead(self) -> int:
+        """How many steps ahead the timestep of a correction lies.
+
+        The clock goes along: the input of that evaluation is, but for IEC's error, one of the step ahead, so the quantizers of
+        that step fit it, and a cache that takes its feature takes one of that step.
+        """
+        return int(self.relaxation.probe.kind == "next")
 
     # --- the list -------------------------------------------------------------------------------------------------
 
@@ -62,7 +73,11 @@ class IECState:
         if extra not in (0, 1):
             return values
         repeats = torch.cat([self.repeats, self.repeats.new_ones(extra)])
-        return values.repeat_interleave(repeats.to(values.device))
+        if not self.ahead:
+            return values.repeat_interleave(repeats.to(values.device))
+        own = torch.arange(len(repeats)).repeat_interleave(repeats)
+        repeated = torch.cat([own.new_zeros(1), (own.diff() == 0).long()])
+        return values[(own + repeated).to(values.device)]
 
     def begin_run(self, begin: int = 0, plan: CorrectionPlan | None = None) -> None:
         """Stand before step `begin` of the inner timesteps, with `plan` for all of them, or one that is resolved now.
@@ -74,7 +89,7 @@ class IECState:
         self.plan = self._resolved(begin, count) if plan is None else plan
         self.repeats = torch.ones(count, dtype=torch.long)
         self.repeats[list(self.plan.steps)] += len(self.relaxation.factors)
-        self.run = self.last_run = Run(timesteps, self.plan, begin, threading.get_ident())
+        self.run = self.last_run = Run(timesteps, self.plan, begin, threading.get_ident(), self.ahead)
         self.scaled = None
         self.skip = self.warned = False
         self.clock.start(count)
@@ -88,7 +103,13 @@ class IECState:
         refresh = None if listed is None else {0, *(s - begin for s in listed if s >= begin)}
         steps = self.steps if self.steps is not None else DEFAULT_STEPS if refresh is None else DEFAULT_STEPS_CACHED
         remaining = resolve(steps, count - begin, refresh)
-        return CorrectionPlan(tuple(step + begin for step in remaining.steps), count, remaining.spec)
+        chosen = tuple(step + begin for step in remaining.steps if step + begin + self.ahead < count)
+        if not chosen and remaining.steps:
+            raise ValueError(
+                f"steps {remaining.spec!r} is the last step alone, which has no next timestep; choose other steps, "
+                "or probe='estimate'"
+            )
+        return CorrectionPlan(chosen, count, remaining.spec)
 
     def join(self, other: IECState) -> None:
         """Stand before the same run as `other`, if that has begun one and taken no step yet.
@@ -116,9 +137,15 @@ class IECState:
                 "this pipeline is running in another thread; give each thread its own: "
                 "type(pipe).from_pipe(pipe, scheduler=copy.deepcopy(pipe.scheduler)) shares the weights"
             )
-        arguments = self.signature.bind(*args, **kwargs).arguments
+        bound = self.signature.bind(*args, **kwargs)
+        arguments = bound.arguments
+        if self.scale != 1:
+            arguments["model_output"] = self._scaled(arguments["model_output"], arguments["sample"])
+            args, kwargs = bound.args, bound.kwargs
         timestep = arguments["timestep"]
-        if run.slot is not None and run.is_at(timestep):
+        if run.marks is None and self.relaxation.probe.distance:
+            run.marks = marks(arguments["sample"])
+        if run.slot is not None and run.corrects_at(timestep):
             output = self._correction(run, arguments)
         else:
             complaint = run.enter(timestep, self.inner)
@@ -129,7 +156,7 @@ class IECState:
                     UserWarning,
                 )
             if run.index in run.plan:
-                run.slot = Slot(self.inner, self.relaxation)
+                run.slot = Slot(self.inner, self.relaxation, run.index, run.marks)
                 output = run.slot.open(self.signature, args, kwargs)
             else:
                 output = self.inner.step(*args, **kwargs)
@@ -153,6 +180,13 @@ class IECState:
             )
         return output
 
+    def _scaled(self, output: Any, sample: Tensor) -> Any:
+        """The model's output times `scale`; of one that holds a variance as well, twice the channels, the first half."""
+        channels = sample.shape[1]
+        if not isinstance(output, Tensor) or output.shape[1] != 2 * channels:
+            return output * self.scale
+        return torch.cat([output[:, :channels] * self.scale, output[:, channels:]], 1)
+
     def _warn(self, message: str, category: type[Warning]) -> None:
         """Warn once in a run."""
         if not self.warned:
@@ -168,7 +202,7 @@ class IECState:
         if slot is not None and slot.visit <= len(self.relaxation.factors):
             if self.relaxation.tol is not None or slot.visit == 1:  # else no sample has settled since
                 self.skip = slot.settled()
-            self.clock.move(run.index, slot.visit, slot.last)
+            self.clock.move(run.index + self.ahead, slot.visit, slot.last)
             return
         run.close()
         self.skip = False

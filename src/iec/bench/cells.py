@@ -6,13 +6,15 @@ cells again that did not change.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from iec.artifact import fingerprint
 from iec.bench.recipe import Entry, Recipe
 from iec.evaluate.arms import Arm, calibration_name
+from iec.evaluate.machine import choose_device
 
 VERSION = 1
 LENGTH = 16  # hex digits of a hash
@@ -55,6 +57,19 @@ class Cell:
 
 
 @dataclass(frozen=True)
+class FigureCell:
+    """A figure: its `kind` for `iec.analysis`, the `arm` that is analysed, the `calibration` it needs; `name` of its folder."""
+
+    hash: str
+    name: str
+    kind: str
+    title: str
+    arm: Arm
+    options: dict[str, Any] = field(compare=False)
+    calibration: str | None = None
+
+
+@dataclass(frozen=True)
 class Row:
     """A row of a table: a cell under the name, kind and group that the recipe gives it."""
 
@@ -80,6 +95,7 @@ class Plan:
     cells: dict[str, Cell]
     calibrations: dict[str, CalibrationCell]
     rows: tuple[Row, ...]
+    figures: tuple[FigureCell, ...] = ()
 
     def row(self, cell: str) -> Row:
         """The first row of a cell."""
@@ -100,6 +116,7 @@ def plan(recipe: Recipe, model: str, bundled: Iterable[str] = (), controls: Iter
 class _Planning:
     def __init__(self, recipe: Recipe, model: str, bundled: frozenset[str]) -> None:
         self.recipe, self.model, self.bundled = recipe, model, bundled
+        self.device = choose_device(recipe.run.device).partition(":")[0]
         self.cells: dict[str, Cell] = {}
         self.calibrations: dict[str, CalibrationCell] = {}
         self.rows: list[Row] = []
@@ -118,7 +135,30 @@ class _Planning:
         named = {row.cell for row in self.rows if row.entry.group != REFERENCES}
         # A reference that a table of the recipe shows, too, needs no row of its own.
         rows = [row for row in self.rows if row.entry.group != REFERENCES or row.cell not in named]
-        return Plan(self.cells, self.calibrations, tuple(rows))
+        return Plan(self.cells, self.calibrations, tuple(rows), tuple(self._figures()))
+
+    def _figures(self) -> Iterator[FigureCell]:
+        """The figures that are analyses; pictures of images are made of the cells."""
+        names: list[str] = []
+        for spec in self.recipe.figures:
+            if spec.kind == "images":
+                continue
+            entry = next((entry for entry in self.recipe.entries if entry.arm.name == spec.arm), None)
+            steps = spec.num_inference_steps or self.recipe.run.num_inference_steps
+            if entry is None and steps is None:
+                raise ValueError(
+                    f"figure {spec.title or spec.kind!r}: give arm or num_inference_steps, here or in [run]"
+                )
+            arm = entry.arm if entry is not None else Arm("full precision", "reference", steps or 1)
+            if spec.num_inference_steps is not None:
+                arm = replace(arm, num_inference_steps=spec.num_inference_steps)
+            calibration = self._calibration(arm)
+            identity = {**self._identity(arm), "kind": spec.kind, "title": spec.title, "options": spec.options}
+            found = fingerprint.plain(identity)[:LENGTH]
+            stem = re.sub(r"[^\w .()-]+", "", spec.title).strip(" .") or spec.kind
+            names.append(stem)
+            name = stem if names.count(stem) == 1 else f"{stem} {names.count(stem)}"
+            yield FigureCell(found, name, spec.kind, spec.title, arm, spec.options, calibration)
 
     def _entry(self, entry: Entry) -> None:
         full = self._full(entry.arm)
@@ -168,8 +208,9 @@ class _Planning:
             "version": VERSION,
             "model": self.model,
             "arm": arm.plain(),
-            "conditions": self.recipe.conditions,
-            **{key: getattr(run, key) for key in ("seed", "shard", "batch_size", "threads", "device")},
+            "conditions": self.recipe.conditions_of(run.seed).identity(),
+            **{key: getattr(run, key) for key in ("seed", "shard", "batch_size", "threads")},
+            "device": self.device,
             "calibration": self._calibration_identity(arm) if arm.calibrated else None,
         }
 
@@ -182,11 +223,10 @@ class _Planning:
         if given.bundled and name in self.bundled:
             return {**of, "bundled": name}
         options = {key: getattr(given, key) for key in ("num_samples", "seed", "batch_size")}
-        if given.conditions is not None:
-            conditions = {"conditions": given.conditions}
-        else:  # those of the run at even distances, which its number makes
-            conditions = {"conditions": self.recipe.conditions} | ({"of": run.num} if self.recipe.conditions else {})
-        return {**of, **options, **conditions, "threads": run.threads, "device": run.device}
+        conditions = {"conditions": self.recipe.conditions_of(run.seed, given.conditions).identity()}
+        if given.conditions is None and conditions["conditions"]:
+            conditions["of"] = run.num  # those of the run at even distances, which its number makes
+        return {**of, **options, **conditions, "threads": run.threads, "device": self.device}
 
     def _calibration(self, arm: Arm) -> str | None:
         """The hash of the calibration that an arm needs, which is noted; None if it needs none."""

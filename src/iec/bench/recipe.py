@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from fnmatch import fnmatchcase
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from iec.artifact.plain import plain
 from iec.bench.specs import (
     CalibrationSpec,
     ControlsSpec,
@@ -23,6 +24,7 @@ from iec.bench.specs import (
 from iec.bench.strict import checked, read, value_of
 from iec.bench.sweeps import Paper, entries
 from iec.evaluate.arms import Arm
+from iec.evaluate.conditions import Conditions
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -44,7 +46,7 @@ class Entry:
 @dataclass(frozen=True)
 class Recipe:
     """A whole bench. `table` is the parsed file after overrides, from which `recipe_of` makes an equal one; `stand_in` is what
-    stands in for the model, None for the model itself."""
+    stands in for the model, None for the model itself; relative paths are relative to `folder`."""
 
     title: str
     model: ModelSpec
@@ -60,6 +62,16 @@ class Recipe:
     figures: tuple[FigureSpec, ...] = ()
     stand_in: StandInSpec | None = None
     table: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    folder: Path = field(default=Path(), compare=False)
+
+    def conditions_of(self, seed: int, given: Mapping[str, Any] | None = None) -> Conditions:
+        """The conditions of the run, or those `given`, random ones drawn with `seed`."""
+        return Conditions(self.conditions if given is None else given, seed, self.folder)
+
+    def plain(self) -> dict[str, Any]:
+        """The table with what it leaves out, as plain data: what run.json keeps."""
+        filled = {name: asdict(getattr(self, name)) for name in _SECTIONS}
+        return plain({**self.table, **filled}, "recipe")
 
     @property
     def fine(self) -> tuple[Arm, int] | None:
@@ -106,19 +118,19 @@ def load_recipe(
     quick, stand_in: lay the recipe's tables of these names over the others. controls: as `enabled` in [controls]. run: values
     for [run], None: as the recipe says. Raises ValueError, naming file and key, for what is no recipe.
     """
-    where, text = _found(name_or_path)
+    where, text, folder = _found(name_or_path)
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{where}: no valid TOML: {error}") from error
-    recipe_of(table, where)  # what is wrong is told also where an override hides it
+    recipe_of(table, where, folder)  # what is wrong is told also where an override hides it
     table = overridden(table, where, quick=quick, stand_in=stand_in)
     if controls:
         table["controls"] = {**table.get("controls", {}), "enabled": True}
     given = {key: value for key, value in run.items() if value is not None}
     if given:
         table["run"] = {**table.get("run", {}), **given}
-    return recipe_of(table, where)
+    return recipe_of(table, where, folder)
 
 
 def overridden(table: Mapping[str, Any], where: str, *, quick: bool = False, stand_in: bool = False) -> dict[str, Any]:
@@ -144,8 +156,8 @@ def overridden(table: Mapping[str, Any], where: str, *, quick: bool = False, sta
     return made
 
 
-def recipe_of(table: Mapping[str, Any], where: str) -> Recipe:
-    """Read the parsed table of a recipe, `where` naming it in messages. Raises ValueError as `load_recipe` does."""
+def recipe_of(table: Mapping[str, Any], where: str, folder: Path = Path()) -> Recipe:
+    """Read the parsed table of a recipe that lies in `folder`, `where` naming it in messages. Raises as `load_recipe` does."""
     checked(table, _TOP, where)
     if table.get("format") != FORMAT:
         raise ValueError(f'{where}.format: found {table.get("format")!r}, expected "{FORMAT}": is this a bench recipe?')
@@ -165,15 +177,14 @@ def recipe_of(table: Mapping[str, Any], where: str) -> Recipe:
     stand_in = read(StandInSpec, own, f"{where}.stand_in") if "stand_in" in table else None
     for name in ("quick", "stand_in"):
         if name in table:
-            _check_overrides(table, name, where)
-    recipe = Recipe(
-        entries=rows, conditions=conditions, figures=figures, stand_in=stand_in, table=dict(table), **texts, **read_in
-    )
+            _check_overrides(table, name, where, folder)
+    own = {"entries": rows, "conditions": conditions, "figures": figures, "stand_in": stand_in}
+    recipe = Recipe(**texts, **read_in, **own, table=dict(table), folder=folder)
     _check(recipe, where)
     return recipe
 
 
-def _check_overrides(table: Mapping[str, Any], name: str, where: str) -> None:
+def _check_overrides(table: Mapping[str, Any], name: str, where: str, folder: Path) -> None:
     """Refuse what a table of overrides cannot lay over, and a recipe that is none with it."""
     own = ("model", "options") if name == "stand_in" else ()
     changes = checked(table[name], (*own, *_OVERRIDES), f"{where}.{name}")
@@ -184,7 +195,7 @@ def _check_overrides(table: Mapping[str, Any], name: str, where: str) -> None:
     value_of(bool, changes.get("figures", True), f"{where}.{name}.figures")
     merged = overridden(table, where, **{name: True})
     merged.pop("stand_in", None)
-    recipe_of(merged, f"{where} with [{name}]")
+    recipe_of(merged, f"{where} with [{name}]", folder)
 
 
 def _check(recipe: Recipe, where: str) -> None:
@@ -233,8 +244,8 @@ def _each(table: Mapping[str, Any], key: str, where: str) -> list[tuple[str, Any
     return [(f"{where}.{key}[{index}]", each) for index, each in enumerate(found)]
 
 
-def _found(name_or_path: str | Path) -> tuple[str, str]:
-    """What to call a recipe in messages, and its text."""
+def _found(name_or_path: str | Path) -> tuple[str, str, Path]:
+    """What to call a recipe in messages, its text, and its folder."""
     path = Path(name_or_path)
     if path.suffix != ".toml":
         folder = resources.files("iec") / "recipes" / "bench"
@@ -243,9 +254,10 @@ def _found(name_or_path: str | Path) -> tuple[str, str]:
             raise ValueError(
                 f"no bench recipe {str(name_or_path)!r}; bundled are {', '.join(known)}; or give a .toml file"
             )
-        return f"{name_or_path}.toml", (folder / f"{name_or_path}.toml").read_text(encoding="utf-8")
+        text = (folder / f"{name_or_path}.toml").read_text(encoding="utf-8")
+        return f"{name_or_path}.toml", text, Path(str(folder))
     try:
-        return str(path), path.read_text(encoding="utf-8")
+        return str(path), path.read_text(encoding="utf-8"), path.resolve().parent
     except FileNotFoundError:
         raise ValueError(f"recipe {path} not found") from None
     except (OSError, UnicodeDecodeError) as error:

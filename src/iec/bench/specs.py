@@ -76,13 +76,15 @@ class ReferencesSpec:
 
 @dataclass(frozen=True)
 class MetricsSpec:
-    """`names` of `iec evaluate`; `network` as there (None: no distribution metrics); `draws` of the bootstrap, with `seed`."""
+    """`names` and `network` of `iec evaluate` (None: nothing of sets of images); `draws` of the bootstrap, with `seed`; the model
+    of `clip` scores (None: the paper's)."""
 
     names: tuple[str, ...] = ("rmse_full",)
     network: str | None = None
     draws: int = 200
     seed: int = 0
-    batch_size: int = 64
+    batch_size: int = 50
+    clip: str | None = None
 
     def __post_init__(self) -> None:
         _at_least_one(self, "draws", "batch_size")
@@ -98,13 +100,18 @@ class ControlsSpec:
 
 @dataclass(frozen=True)
 class FigureSpec:
-    """One figure: of the `arm` (its name in this recipe; None: of full precision), or of `arms`; `options` for `iec.analysis`."""
+    """One figure: of the `arm` (its name in this recipe; None: of full precision), or of `arms` ("images"). Further keys are
+    `options`: num, seed, batch_size, and those of the analysis."""
 
     kind: Figures
     title: str = ""
     arm: str | None = None
     arms: tuple[str, ...] = ()
+    num_inference_steps: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _at_least_one(self, "num_inference_steps")
 
 
 @dataclass(frozen=True)

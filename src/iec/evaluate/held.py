@@ -59,18 +59,24 @@ class Held:
         device: str,
         arm: Arm,
         calibration: Path | None,
+        kernel: str,
         seeds: Sequence[int],
         conditions: dict[str, Any],
     ) -> Any:
         """The pipeline with `arm` on it, warmed up by a batch of `seeds` and `conditions`. Raises as `prepared` does."""
         content = None if calibration is None else calibration_digest(calibration)
-        wanted = fingerprint.plain([model, options, dtype, device, arm.plain(), content])
+        wanted = fingerprint.plain([model, options, dtype, device, arm.plain(), content, kernel])
         if wanted != self._arm:
             pipe = self.pipeline(model, options, dtype, device)
             tables = None if calibration is None else Calibration.load(calibration)
-            self._ready = self._on.enter_context(prepared(pipe, arm, tables))
+            self._ready = self._on.enter_context(prepared(pipe, arm, tables, kernel))
             _warm_up(self._ready, arm, seeds, conditions)
             self._arm = wanted
+        return self._ready
+
+    @property
+    def ready(self) -> Any:
+        """The pipeline with the arm that was last asked for; None before."""
         return self._ready
 
     def release(self) -> None:

@@ -1,0 +1,149 @@
+"""The folder of a bench run: what is there, what is missing, and writing what comes.
+
+run.json                        recipe, cells, machine, versions
+model/                          the stand-in, where one is used
+calibrations/HASH/              one folder each, as `iec calibrate` writes them
+cells/HASH/                     shards of images, see `iec.evaluate.shards`
+cells/HASH/statistics-KEY/      what the shards leave behind for the metrics, KEY naming network and references
+figures/NAME/                   numbers and pictures of the analysis
+results.jsonl, timings.jsonl    a line per cell, a line per shard
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from iec.artifact.calibration import Calibration
+from iec.artifact.files import write_json
+from iec.bench.cells import CalibrationCell, Cell, FigureCell
+from iec.bench.recipe import Recipe
+from iec.bench.store import Lines
+from iec.evaluate.shards import MANIFEST, ShardSet
+from iec.evaluate.statistics import Statistics, merged
+
+RUN, RESULTS, TIMINGS, FIGURE = "run.json", "results.jsonl", "timings.jsonl", "figure.json"
+
+
+class RunFolder:
+    """The folder `root` of a run of `recipe`; made if need be."""
+
+    def __init__(self, root: Path, recipe: Recipe) -> None:
+        self.root, self.recipe = root, recipe
+        self.results, self.timings = Lines(root / RESULTS), Lines(root / TIMINGS)
+        self._shards: dict[str, ShardSet] = {}
+
+    def describe(self, about: Mapping[str, Any]) -> None:
+        """Write run.json."""
+        write_json(self.root / RUN, about)
+
+    def model(self) -> Path:
+        """Where the stand-in is."""
+        return self.root / "model"
+
+    def shards(self, cell: Cell) -> ShardSet:
+        """The images of a cell. Those of a run that was to have more are kept, and its length is, too."""
+        if cell.hash not in self._shards:
+            folder = self.root / "cells" / cell.hash
+            held = ShardSet.open(folder).num if (folder / MANIFEST).is_file() else 0
+            run = self.recipe.run
+            self._shards[cell.hash] = ShardSet(folder, cell.identity, max(held, cell.num), run.shard, run.seed)
+        return self._shards[cell.hash]
+
+    def wanted(self, cell: Cell) -> list[tuple[int, int]]:
+        """The shards that the images of a cell need: number of the first image, count."""
+        return [(start, count) for start, count in self.shards(cell).shards() if start < cell.num]
+
+    def missing(self, cell: Cell) -> list[tuple[int, int]]:
+        """Those of them that are still to be made."""
+        absent = set(self.shards(cell).missing())
+        return [shard for shard in self.wanted(cell) if shard in absent]
+
+    def calibration(self, cell: CalibrationCell) -> Path:
+        """Where a calibration is, or is to be."""
+        return self.root / "calibrations" / cell.hash
+
+    def has_calibration(self, cell: CalibrationCell) -> bool:
+        """Whether it is there and whole; a damaged one is removed."""
+        folder = self.calibration(cell)
+        if not folder.is_dir():
+            return False
+        try:
+            Calibration.load(folder)
+        except ValueError:
+            shutil.rmtree(folder)
+            return False
+        return True
+
+    def keep_calibration(self, cell: CalibrationCell, files: Mapping[str, bytes]) -> None:
+        """Write the files of a calibration, all or none."""
+        keep_folder(self.calibration(cell), files)
+        self.checkpoint(cell).unlink(missing_ok=True)
+
+    def checkpoint(self, cell: CalibrationCell) -> Path:
+        """Where a calibration that is being made keeps what it has learnt so far."""
+        return self.root / "calibrations" / f"{cell.hash}.checkpoint"
+
+    def statistics_file(self, cell: Cell, key: str, start: int) -> Path:
+        """The file of what a shard leaves behind."""
+        return self.root / "cells" / cell.hash / f"statistics-{key}" / f"{start:08d}.safetensors"
+
+    def statistics(self, cell: Cell, key: str) -> Statistics:
+        """What the images of a cell leave behind, together. Raises ValueError when a file is missing or damaged."""
+        parts = [Statistics.load(self.statistics_file(cell, key, start)) for start, _ in self.wanted(cell)]
+        return merged(parts).first(cell.num)
+
+    def lacks_statistics(self, cell: Cell, key: str, start: int, count: int) -> bool:
+        """Whether those of a shard are still to be made; damaged ones, and of a shard that has grown, are."""
+        file = self.statistics_file(cell, key, start)
+        try:
+            return not file.is_file() or len(Statistics.load(file)) != count
+        except ValueError:
+            return True
+
+    def figure(self, cell: FigureCell) -> Path:
+        """Where a figure is, or is to be."""
+        return self.root / "figures" / cell.name
+
+    def has_figure(self, cell: FigureCell) -> bool:
+        """Whether this very figure is there."""
+        try:
+            return json.loads((self.figure(cell) / FIGURE).read_text(encoding="utf-8")).get("figure") == cell.hash
+        except (OSError, ValueError, AttributeError):
+            return False
+
+    def keep_figure(self, cell: FigureCell, files: Mapping[str, bytes]) -> None:
+        """Write the files of a figure, all or none, in the place of those of another one."""
+        about = {"figure": cell.hash, "kind": cell.kind, "title": cell.title, "arm": cell.arm.name}
+        keep_folder(self.figure(cell), {**files, FIGURE: json.dumps(about, indent=2).encode()})
+
+    def tidy_timings(self, present: set[tuple[str, int]]) -> None:
+        """Forget the times of shards that are not there, and all but the last of those that were made twice."""
+        last = {(line["cell"], line["start"]): id(line) for line in self.timings.values}
+        kept = {number for key, number in last.items() if key in present}
+        self.timings.keep(lambda line: id(line) in kept)
+
+
+def keep_folder(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write `files` into a new `folder`, which is there with all of them or not at all; one that is there is replaced."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+        inner = Path(temporary) / "made"
+        for name, data in files.items():
+            path = inner / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+        if folder.exists():
+            shutil.rmtree(folder)
+        inner.replace(folder)
+
+
+def counts(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """What a shard keeps of its sampling beside the images, as plain values."""
+    return {name: value.item() for name, value in arrays.items() if name != "images" and value.ndim == 0}

@@ -1,0 +1,320 @@
+"""`iec bench`: a recipe run to the end, or as far as it goes, in a folder where the next run goes on.
+
+Tasks are calibrations, shards, what shards leave behind, figures; this process alone writes what they give, measures each cell
+as soon as all that it is compared with is there, and appends its line to results.jsonl. All of that depends on the recipe and
+the model alone, so that a run that was killed, and one with other workers, ends with the same lines.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from iec.artifact import fingerprint
+from iec.bench.board import Board, Standing
+from iec.bench.cells import Cell, plan
+from iec.bench.folder import RunFolder
+from iec.bench.identity import model_identity
+from iec.bench.jobs import Job, Jobs
+from iec.bench.measure import Measuring
+from iec.bench.recipe import Entry, Recipe
+from iec.bench.report import Report, report
+from iec.bench.specs import ModelSpec
+from iec.bench.store import held
+from iec.evaluate.held import HELD
+from iec.evaluate.machine import machine, versions
+from iec.evaluate.statistics import Statistics
+from iec.evaluate.workers import Task, TaskErrors, TaskFailed, run_tasks
+from iec.pipeline.models import calibrations
+
+VERSION = 1
+KEPT = ("evaluations", "reused", "weights", "kernel")  # of a shard's sampling, beside its images
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Who works: see `iec.evaluate.workers.run_tasks`. `number` None: as many as there are cores for, or all of a Ray cluster."""
+
+    number: int | None = None
+    ray: str | None = None
+    gpus: float = 0.0
+    attempts: int = 3
+
+    def count(self, threads: int) -> int | None:
+        """The number of local workers with so many threads each; None: as many as Ray has room for."""
+        if self.number is not None or self.ray is not None:
+            return self.number
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return max(1, cores // threads)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run did: the `report` of what is there, and `failed`: message by the name of what failed."""
+
+    report: Report
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+def bench(
+    recipe: Recipe,
+    out: str | os.PathLike[str],
+    *,
+    workers: Workers | None = None,
+    command: Sequence[str] = (),
+    board: Board | None = None,
+) -> Outcome:
+    """Run `recipe` in the folder `out`, going on from what is there, and write the report.
+
+    Args:
+        workers: who works; how many makes no difference to the results.
+        command: what the user typed, for the report.
+        board: is told how far the run is.
+
+    Raises ValueError for a recipe that cannot be run here, before anything is sampled; RuntimeError when another run is at work
+    there, or the disk is full. Arms that fail do not stop the others: they are in the outcome.
+    """
+    root = Path(out)
+    with held(root):
+        run = _Run(recipe, root, workers or Workers(), board or Board())
+        run.prepare(command)
+        run.work()
+    return Outcome(report(root), run.failed)
+
+
+class _Run:
+    def __init__(self, recipe: Recipe, root: Path, workers: Workers, board: Board) -> None:
+        self.recipe, self.root, self.workers, self.board = recipe, root, workers, board
+        self.failed: dict[str, str] = {}
+        self.folder = RunFolder(root, recipe)
+
+    def prepare(self, command: Sequence[str]) -> None:
+        """All that is decided before the first task: the model, the cells, run.json, what is left to do."""
+        recipe = self.recipe
+        _sweep(self.root)
+        self.model = self._model()
+        identity = model_identity(self.model)
+        self.plan = plan(recipe, identity, calibrations(self.model.name), self._controls())
+        self.measuring = Measuring(recipe, self.plan, self.folder)
+        self.folder.describe(self._about(identity, command))
+        ship = self.workers.ray not in (None, "local")
+        self.jobs = Jobs(recipe, self.plan, self.folder, self.measuring, self.model, ship)
+        missing = {(job.cell.hash, job.start) for job in self._of("shard") if job.cell is not None}
+        present = {(c.hash, start) for c in self.plan.cells.values() for start, _ in self.folder.wanted(c)} - missing
+        self.folder.tidy_timings(present)
+        current = {cell.hash: self.measuring.identity(cell) for cell in self.plan.cells.values()}
+        dropped = self.folder.results.keep(
+            lambda line: current.get(line.get("cell", "")) == line.get("measured"), self.root / "results-earlier.jsonl"
+        )
+        if dropped:
+            self.board.told(f"{dropped} results of other options were moved to results-earlier.jsonl")
+        self.measured = {line["cell"] for line in self.folder.results.values}
+        self.left = dict.fromkeys(self.plan.cells, 0)
+        for job in self._of("statistics"):
+            if job.cell is not None:
+                self.left[job.cell.hash] += 1
+        self._stand(missing)
+
+    def _of(self, what: str) -> list[Job]:
+        return [job for job in self.jobs.by_key.values() if job.what == what]
+
+    def _model(self) -> ModelSpec:
+        """The model of the recipe, or what stands in for it, which is made if need be."""
+        stand_in = self.recipe.stand_in
+        if stand_in is None:
+            return self.recipe.model
+        from iec.bench.standins import build
+
+        folder = self.folder.model()
+        about = fingerprint.plain([stand_in.model, stand_in.options])
+        marker = folder / "stand-in"
+        if not marker.is_file() or marker.read_text(encoding="utf-8") != about:
+            shutil.rmtree(folder, ignore_errors=True)
+            build(stand_in.model, **stand_in.options).save_pretrained(folder)
+            marker.write_text(about, encoding="utf-8")
+        return replace(self.recipe.model, name=str(folder), revision=None, variant=None)
+
+    def _controls(self) -> tuple[Entry, ...]:
+        """The arms of equal cost, if they are wanted."""
+        if not self.recipe.controls.enabled:
+            return ()
+        from iec.bench.controls import entries
+
+        return entries(self.recipe, self.model)
+
+    def _about(self, identity: str, command: Sequence[str]) -> dict[str, Any]:
+        """What run.json says."""
+        recipe = self.recipe.plain()
+        return {
+            "format": "iec-bench-run",
+            "version": VERSION,
+            "title": self.recipe.title,
+            "recipe": recipe,
+            "model": identity,
+            "stand_in": None if self.recipe.stand_in is None else self.recipe.stand_in.model,
+            "command": list(command),
+            "machine": {key: value for key, value in machine().items() if key != "threads"},
+            "versions": versions(),
+            "fingerprint": fingerprint.plain([recipe, identity]),
+            "cells": [row.plain() for row in self.plan.rows],
+        }
+
+    def _stand(self, missing: set[tuple[str, int]]) -> None:
+        """Put the cells on the board as they stand."""
+        times = {(line["cell"], line["start"]): line for line in self.folder.timings.values}
+        for cell in self.plan.cells.values():
+            row = self.plan.row(cell.hash).entry
+            standing = Standing(row.arm.name, row.arm.kind, row.group, cell.num)
+            for start, count in self.folder.wanted(cell):
+                if (cell.hash, start) not in missing:
+                    standing.images += count
+                    line = times.get((cell.hash, start))
+                    standing.seconds = line["seconds"] / line["images"] if line else standing.seconds
+            if cell.hash in self.measured:
+                standing.state = "done"
+            self.board.standings[cell.hash] = standing
+        self.board.changed()
+
+    def work(self) -> None:
+        """Run the tasks, and measure what can be measured."""
+        for cell in self.plan.cells.values():
+            self._measure(cell)
+        threads = self.recipe.run.threads
+        try:
+            run_tasks(
+                self.jobs.tasks,
+                workers=self.workers.count(threads),
+                threads=threads,
+                ray=self.workers.ray,
+                gpus=self.workers.gpus,
+                attempts=self.workers.attempts,
+                done=self._done,
+                failed=self._failed,
+                started=self._started,
+                lost=lambda task, why: self.board.told(f"{self._called(task.key)} is done again: {why}"),
+            )
+        except TaskErrors as errors:
+            for key, cause in errors.not_run.items():
+                self._fail(self.jobs.by_key[key], f"not run, as {self._called(cause)} failed")
+        finally:
+            HELD.release()
+        for cell in self.plan.cells.values():
+            if cell.hash not in self.measured:
+                self._lost(cell)
+
+    def _started(self, task: Task) -> None:
+        job = self.jobs.by_key[task.key]
+        if job.what == "calibration":
+            for cell in self.plan.cells.values():
+                if job.calibration is not None and cell.calibration == job.calibration.hash:
+                    self.board.set(cell.hash, "calibrates")
+            self.board.told(f"{self._called(task.key)} begins")
+        elif job.cell is not None and job.what == "shard":
+            self.board.set(job.cell.hash, "samples")
+
+    def _done(self, task: Task, result: dict[str, Any]) -> None:
+        job = self.jobs.by_key[task.key]
+        if job.calibration is not None:
+            self.folder.keep_calibration(job.calibration, result["files"])
+        elif job.figure is not None:
+            self.folder.keep_figure(job.figure, result["files"])
+        elif job.cell is not None and job.what == "shard":
+            self._sampled(job, job.cell, result)
+        elif job.cell is not None:
+            self._looked(job, job.cell, result)
+
+    def _sampled(self, job: Job, cell: Cell, result: dict[str, Any]) -> None:
+        threads, count = self.recipe.run.threads, len(result["images"])
+        # The time first: a shard that is there is not made again, so that its time could not come later.
+        self.folder.timings.append(
+            {
+                "cell": cell.hash,
+                "start": job.start,
+                "images": count,
+                "seconds": round(result["seconds"], 4),
+                "peak_memory": result["peak_memory"],
+                "threads": threads,
+                "workers": self.workers.count(threads),
+            }
+        )
+        self.folder.shards(cell).write(job.start, result["images"], **{name: result[name] for name in KEPT})
+        batches = -(-count // self.recipe.run.batch_size)
+        self.board.add(cell.hash, count, result["seconds"] / count, result["evaluations"] / batches)
+
+    def _looked(self, job: Job, cell: Cell, result: dict[str, Any]) -> None:
+        seeds = torch.tensor(job.task.arguments["seeds"], dtype=torch.int64)
+        features = {name: torch.from_numpy(value) for name, value in result["features"].items()}
+        scores = {name: torch.from_numpy(value) for name, value in result["scores"].items()}
+        statistics = Statistics(result["name"], seeds, **features, scores=scores)
+        statistics.save(self.folder.statistics_file(cell, self.measuring.key(cell), job.start))
+        self.left[cell.hash] -= 1
+        if self.left[cell.hash] == 0:
+            for other in self.plan.cells.values():
+                if other.hash == cell.hash or cell.hash in (other.baseline, other.full):
+                    self._measure(other)
+
+    def _measure(self, cell: Cell) -> None:
+        """Append the line of a cell, if it is not there and all that it needs is."""
+        needed = [other for other in (cell.hash, cell.baseline, cell.full) if other is not None]
+        if cell.hash in self.measured or any(self.left[other] for other in needed):
+            return
+        self.board.set(cell.hash, "measures")
+        try:
+            line = self.measuring.line(cell)
+        except ValueError as error:
+            self.failed[cell.arm.name] = str(error)
+            self.board.set(cell.hash, "failed", str(error))
+            return
+        self.folder.results.append(line)
+        self.measured.add(cell.hash)
+        standing = self.board.standings[cell.hash]
+        standing.evaluations = line["evaluations"]
+        self.board.set(cell.hash, "done")
+
+    def _failed(self, task: Task, error: TaskFailed) -> None:
+        self._fail(self.jobs.by_key[task.key], str(error))
+
+    def _fail(self, job: Job, message: str) -> None:
+        """Note what failed, once for each cell."""
+        name = self._called(job.task.key)
+        if job.cell is not None:
+            standing = self.board.standings[job.cell.hash]
+            if standing.state == "failed":
+                return
+            self.board.set(job.cell.hash, "failed", message)
+            name = standing.name
+        self.failed[name] = message
+        self.board.told(f"{name} failed: {message}")
+
+    def _lost(self, cell: Cell) -> None:
+        """A cell that was not measured, though nothing of its own failed."""
+        standing = self.board.standings[cell.hash]
+        lacking = [self.board.standings[other].name for other in cell.needs if self.left.get(other)]
+        if standing.state != "failed":
+            self.board.set(cell.hash, "failed", f"not measured, as {', '.join(lacking)} failed")
+            self.failed[standing.name] = standing.error
+
+    def _called(self, key: str) -> str:
+        """A task as people say it."""
+        job = self.jobs.by_key[key]
+        if job.cell is not None:
+            name = self.board.standings[job.cell.hash].name
+            last = job.start + job.count - 1
+            return f"{name}, images {job.start} to {last}" + (" (metrics)" if job.what == "statistics" else "")
+        if job.calibration is not None:
+            arm = job.calibration.arm
+            return f"the calibration of {arm.without_correction().label}"
+        return f"the figure {key.partition(' ')[2]}"
+
+
+def _sweep(root: Path) -> None:
+    """Remove what a kill has left half written."""
+    for folder in (root / "calibrations", root / "figures"):
+        for path in folder.glob(".*"):
+            shutil.rmtree(path, ignore_errors=True)

@@ -23,7 +23,7 @@ from iec.evaluate.bootstrap import (
 )
 from iec.evaluate.coverage import covered, radii, recall
 from iec.evaluate.influence import frechet_influence, kernel_influence
-from iec.evaluate.metrics import Moments, frechet_distance, inception_score, kernel_distance_exact
+from iec.evaluate.metrics import Moments, frechet_distance, inception_score, kernel_distance_exact, kernel_means
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -177,7 +177,7 @@ def test_influences_are_the_derivatives_by_the_weights(count: int, width: int, r
 
 def test_influences_are_those_of_kid() -> None:
     x, y = draw(20, 3).double() + 0.2, draw(9, 3, seed=1).double()
-    found = kernel_influence(x, y)
+    found = kernel_influence(kernel_means(x, y))
     assert abs(found.sum()) < 1e-12
     within, across = (x @ x.T / 3 + 1) ** 3, (x @ y.T / 3 + 1) ** 3
     within.fill_diagonal_(0)
@@ -194,9 +194,9 @@ def test_influences_are_those_of_kid() -> None:
 
 def test_influences_in_blocks_are_those_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = draw(30, 3) + 0.2, draw(41, 3, seed=1)
-    at_once = frechet_influence(x, Moments.of(y)), kernel_influence(x, y)
+    at_once = frechet_influence(x, Moments.of(y)), kernel_influence(kernel_means(x, y))
     monkeypatch.setattr(metrics, "BLOCK", 4 * 41)
-    torch.testing.assert_close(kernel_influence(x, y), at_once[1], rtol=1e-9, atol=1e-15)
+    torch.testing.assert_close(kernel_influence(kernel_means(x, y)), at_once[1], rtol=1e-9, atol=1e-15)
     monkeypatch.setattr(metrics, "BLOCK", 7 * 3)
     torch.testing.assert_close(frechet_influence(x, Moments.of(y)), at_once[0], rtol=1e-9, atol=1e-15)
 
@@ -235,7 +235,7 @@ def test_kid_is_resampled_about_its_value() -> None:
     assert found.value == kernel_distance_exact(x, y) and found.scheme == Scheme("linear", 150, 0)
     assert found.draws.mean() == pytest.approx(found.value, abs=0.2 * found.draws.std())
     assert found.draws[0] == pytest.approx(
-        found.value + kernel_influence(x, y)[next(resamples(150, 1, 0))].sum().item()
+        found.value + kernel_influence(kernel_means(x, y))[next(resamples(150, 1, 0))].sum().item()
     )
 
 

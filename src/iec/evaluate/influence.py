@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import torch
 
-from iec.evaluate.metrics import Moments, chunks, polynomial_kernel, square_root, two_sets
+from iec.evaluate.metrics import KernelMeans, Moments, chunks, square_root
 
 _ZERO = 1e-14  # eigenvalues below this share of the largest are rounding
 
@@ -50,17 +50,10 @@ def frechet_influence(features: torch.Tensor, reference: Moments) -> torch.Tenso
     return found - found.mean()
 
 
-def kernel_influence(features: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """Derivatives (N,), float64, of KID of features (N, F) to `reference` (M, F) by the weight of each; they sum to 0.
+def kernel_influence(means: KernelMeans) -> torch.Tensor:
+    """Derivatives (N,), float64, of KID by the weight of each of the images that have these mean kernels; they sum to 0.
 
-    Twice the mean kernel of an image with the other images, less that with the reference, over N. Raises ValueError as
-    `kernel_distance_exact` does.
+    Twice the mean kernel of an image with the other images, less that with the reference, over N.
     """
-    x, y = two_sets(features, reference)
-    parts = []
-    for start, rows in chunks(x, max(len(x), len(y))):
-        kernel = polynomial_kernel(rows, x)
-        kernel.diagonal(offset=start).fill_(0)
-        parts.append(kernel.sum(1) / (len(x) - 1) - polynomial_kernel(rows, y).mean(1))
-    found = 2 * torch.cat(parts) / len(x)
+    found = 2 * (means.within - means.across) / len(means.within)
     return found - found.mean()

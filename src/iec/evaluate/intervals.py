@@ -17,7 +17,7 @@ from iec.evaluate.metrics import (
     frechet_distance,
     inception_score,
     inception_splits,
-    kernel_distance_exact,
+    kernel_means,
     square_root,
 )
 
@@ -72,10 +72,10 @@ def fid_of_resamples(features: torch.Tensor, reference: Moments, draws: int = DR
 def kid(features: torch.Tensor, reference: torch.Tensor, draws: int = DRAWS, seed: int = 0) -> Resampled:
     """KID of features (N, F) to those of the reference (M, F), over all of them, resampled by the images' influences.
 
-    Raises ValueError as `kernel_distance_exact` does.
+    Raises ValueError as `kernel_means` does.
     """
-    value = kernel_distance_exact(features, reference)
-    return of_influence(value, kernel_influence(features, reference).cpu(), draws, seed)
+    means = kernel_means(features, reference)
+    return of_influence(means.distance(), kernel_influence(means).cpu(), draws, seed)
 
 
 def inception(logits: torch.Tensor, draws: int = DRAWS, seed: int = 0, *, split: int = 5000) -> Resampled:

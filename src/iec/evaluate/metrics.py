@@ -91,10 +91,11 @@ def _estimate(values: list[torch.Tensor]) -> Estimate:
 
 def polynomial_kernel(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """KID's kernel (x·y / F + 1)³ of all pairs of features (N, F) and (M, F): (N, M)."""
-    return (x @ y.T / x.shape[1] + 1) ** 3
+    base = (x @ y.T).div_(x.shape[1]).add_(1)
+    return base.square().mul_(base)
 
 
-def two_sets(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _two_sets(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Both in float64. Raises ValueError unless they are features (N, F) and (M, F), at least 2 of each, all finite."""
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
         raise ValueError(f"features of {tuple(a.shape)} and {tuple(b.shape)}: expected (N, F) and (M, F)")
@@ -114,7 +115,7 @@ def kernel_distance(
     The mean over `subsets` random subsets, drawn without replacement from each side with `seed`; their size is
     `subset_size`, or the smaller of N and M. Unbiased for any N, hence near zero, or below, for equal distributions.
     """
-    a, b = two_sets(a, b)
+    a, b = _two_sets(a, b)
     size = min(subset_size, len(a), len(b))
     if size < 2 or subsets < 1:
         raise ValueError(f"KID needs at least one subset of 2 or more, found {subsets} of {size}")
@@ -135,17 +136,42 @@ def kernel_distance_exact(a: torch.Tensor, b: torch.Tensor) -> float:
     It has the expected value of any number and size of subsets, so it is comparable with published values, but none of
     the noise of drawing them. Raises ValueError unless both sides hold at least 2 features, all finite.
     """
-    a, b = two_sets(a, b)
-    return mean_kernel(a, a, distinct=True) + mean_kernel(b, b, distinct=True) - 2 * mean_kernel(a, b)
+    return kernel_means(a, b).distance()
 
 
-def mean_kernel(x: torch.Tensor, y: torch.Tensor, *, distinct: bool = False) -> float:
-    """Mean of the kernel over all pairs, or (x being y) over those of `distinct` rows, in blocks that fit into memory."""
-    total = torch.zeros((), dtype=torch.float64, device=x.device)
-    for start, rows in chunks(x, len(y)):
-        kernel = polynomial_kernel(rows, y)
-        total += kernel.sum() - (kernel.diagonal(offset=start).sum() if distinct else 0)
-    return (total / (len(x) * (len(y) - distinct))).item()
+class KernelMeans(NamedTuple):
+    """Mean kernels of N images: of each with the others, `within` (N,), and with the M of the reference, `across` (N,).
+
+    `real` is that of all pairs of different images of the reference.
+    """
+
+    within: torch.Tensor
+    across: torch.Tensor
+    real: float
+
+    def distance(self) -> float:
+        """KID, over all pairs."""
+        return self.within.mean().item() + self.real - 2 * self.across.mean().item()
+
+
+def kernel_means(a: torch.Tensor, b: torch.Tensor) -> KernelMeans:
+    """Mean kernels of features (N, F) with themselves and (M, F), in blocks that fit into memory.
+
+    Raises ValueError unless both sides hold at least 2 features, all finite.
+    """
+    a, b = _two_sets(a, b)
+    across = torch.cat([polynomial_kernel(rows, b).mean(1) for _, rows in chunks(a, len(b))])
+    return KernelMeans(_with_others(a), across, _with_others(b).mean().item())
+
+
+def _with_others(features: torch.Tensor) -> torch.Tensor:
+    """Mean kernel (N,) of each of the features (N, F) with the others."""
+    parts = []
+    for start, rows in chunks(features, len(features)):
+        kernel = polynomial_kernel(rows, features)
+        kernel.diagonal(offset=start).fill_(0)
+        parts.append(kernel.sum(1) / (len(features) - 1))
+    return torch.cat(parts)
 
 
 def chunks(rows: torch.Tensor, width: int) -> Iterator[tuple[int, torch.Tensor]]:

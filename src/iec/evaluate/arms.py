@@ -19,7 +19,7 @@ from iec.pipeline.installation import undo
 from iec.pipeline.quantizing import quantize
 from iec.pipeline.scaling import scale
 from iec.pipeline.session import enable
-from iec.plan import resolve_relaxation, spell
+from iec.plan import parse_probe, resolve_relaxation, spell
 from iec.quant.config import QuantConfig
 from iec.quant.reconstruct import Reconstruction
 
@@ -155,7 +155,7 @@ class Arm:
 
     @property
     def label(self) -> str:
-        """A name made from the rest: "W8A8, deepcache:5, 50 steps (Euler) + IEC refresh"."""
+        """A name made from the rest: "W8A8, deepcache:5, 50 steps (Euler) + IEC, refresh"."""
         parts = [] if self.quant is None else [self.quant.upper() + (" reconstructed" if self.reconstruct else "")]
         parts += [] if self.cache is None else [spell_cache(self.cache)]
         own = [] if self.scheduler is None else [short(self.scheduler)]
@@ -167,8 +167,11 @@ class Arm:
             return ", ".join(parts)
         more = [] if self.relax == (0.5,) else ["λ " + "/".join(f"{factor:g}" for factor in self.relax)]
         more += [] if self.tol is None else [f"tol {self.tol:g}"]
-        more += [] if self.probe == "estimate" else [f"at {self.probe}"]
-        return f"{', '.join(parts)} + IEC {self.steps}" + (f" ({', '.join(more)})" if more else "")
+        place = parse_probe(self.probe)
+        what = {"estimate": "IEC", "next": "IEC at t − 1", "start": f"averaging at x_t, ρ {place.distance:g}"}[
+            place.kind
+        ]
+        return f"{', '.join(parts)} + {what}, {self.steps}" + (f" ({', '.join(more)})" if more else "")
 
     def without_correction(self) -> Arm:
         """The same without IEC; itself if there is none. Its name is made anew."""
@@ -224,9 +227,7 @@ def calibration_options(arm: Arm) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def prepared(
-    pipe: Any, arm: Arm, calibration: Calibration | None = None, kernel: str = "auto"
-) -> Iterator[Any]:
+def prepared(pipe: Any, arm: Arm, calibration: Calibration | None = None, kernel: str = "auto") -> Iterator[Any]:
     """A pipeline as the arm wants it, with the weights of `pipe`; afterwards these are what they were.
 
     `kernel` is that of quantized layers, see `iec.quantize`.

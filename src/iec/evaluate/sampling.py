@@ -61,14 +61,7 @@ def with_scheduler(pipe: Any, name: str, **changes: Any) -> Any:
     """
     import diffusers
 
-    kind = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
-    if kind is None or not hasattr(kind, "from_config"):
-        raise ValueError(
-            f"diffusers has no scheduler {name!r}; known are DDIMScheduler, DPMSolverMultistepScheduler, "
-            "HeunDiscreteScheduler, UniPCMultistepScheduler and others: "
-            "https://huggingface.co/docs/diffusers/api/schedulers/overview"
-        )
-    scheduler = kind.from_config(pipe.scheduler.config, **changes)
+    scheduler = scheduler_like(pipe.scheduler, name, **changes)
     if isinstance(pipe, (diffusers.DDIMPipeline, diffusers.DDPMPipeline)):
         from iec.pipeline.unconditional import UnconditionalPipeline
 
@@ -77,6 +70,23 @@ def with_scheduler(pipe: Any, name: str, **changes: Any) -> Any:
         made = type(pipe)(**{**pipe.components, "scheduler": scheduler})
     made.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
     return made
+
+
+def scheduler_like(scheduler: Any, name: str, **changes: Any) -> Any:
+    """diffusers' scheduler class `name`, made from the config of `scheduler` with some `changes`.
+
+    Raises ValueError when diffusers has no such scheduler.
+    """
+    import diffusers
+
+    kind = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
+    if kind is None or not hasattr(kind, "from_config"):
+        raise ValueError(
+            f"diffusers has no scheduler {name!r}; known are DDIMScheduler, DPMSolverMultistepScheduler, "
+            "HeunDiscreteScheduler, UniPCMultistepScheduler and others: "
+            "https://huggingface.co/docs/diffusers/api/schedulers/overview"
+        )
+    return kind.from_config(scheduler.config, **changes)
 
 
 @dataclasses.dataclass

@@ -73,6 +73,7 @@ def record(
     batch_size: int = 16,
     *,
     change: Change | None = None,
+    wanted: Callable[[tuple[int, ...]], bool] | None = None,
     output_type: str = "latent",
     **kwargs: Any,
 ) -> Iterator[Step]:
@@ -87,12 +88,15 @@ def record(
         num_inference_steps, kwargs: go to the pipeline; prompts and class labels may be one value or a list with one per image.
         batch_size: images per call.
         change: called at the end of each step, within the run; a tensor that it returns takes the place of the next sample.
+        wanted: given the seeds of a batch, whether to run it; None: all.
         output_type: of the pipeline's images, which nobody looks at: "latent" spares the decoder.
 
     Raises ValueError for bad seeds, batch size, number of steps or arguments; TypeError for a pipeline that IEC cannot
     follow; RuntimeError when a sample is not finite, and what `change` raises.
     """
     for batch in batches(pipe, seeds, num_inference_steps, batch_size, output_type, **kwargs):
+        if wanted is not None and not wanted(tuple(batch.seeds)):
+            continue
         with switching:
             held = installation(pipe)
             recorder = Recorder(held, tuple(batch.seeds), change)

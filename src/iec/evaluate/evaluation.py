@@ -1,9 +1,8 @@
 """Metrics of a set of images, each with its interval: from the images, or from the statistics they left behind.
 
-    gathering.statistics_of(images, network, seeds, targets=...)   what a shard leaves behind; `iec.evaluate.statistics.merged` joins them
-    evaluate_statistics(statistics, reference)       the metrics, without the images and without the network
-    evaluate(images, reference, network)             both
-    difference(a, b)                                 paired differences of two evaluations
+    evaluate(images, reference, network)         the metrics of images
+    evaluate_statistics(statistics, reference)   the same without images and network, from what `iec.evaluate.gathering` kept
+    difference(a, b)                             paired differences of two evaluations
 
 Metrics by name: fid, sfid, kid, is, precision, recall against a reference set; rmse_T, psnr_T, ssim_T, lpips_T against the
 images of the same seeds in the target T ("fine", "full"); clip against the prompts. Nothing is comparable across feature
@@ -87,6 +86,48 @@ def evaluate_statistics(
     return Evaluation(len(statistics), statistics.network, names, values)
 
 
+def gather(
+    images: torch.Tensor | ImageSource,
+    reference: ReferenceSet | None,
+    network: FeatureExtractor,
+    metrics: Sequence[str],
+    *,
+    targets: Mapping[str, torch.Tensor] | Mapping[str, ImageSource] | None = None,
+    prompts: Sequence[str] | None = None,
+    text_score: TextScore | None = None,
+    limit: int | None = None,
+    batch_size: int = 50,
+    progress: Callable[[int], None] | None = None,
+) -> Statistics:
+    """What `evaluate_statistics` needs for the `metrics`, of images that are read batch by batch.
+
+    Images are uint8 (N, C, H, W), or a source, of which the first `limit` (None: all) are taken; targets pair by order.
+    Whatever is missing is told before the first image is read. "clip" needs `text_score` (`iec.evaluate.clip.ClipScore`) and
+    one of the `prompts` per image. `progress(done)` is called after each batch.
+
+    Raises ValueError for unknown metrics, missing references, targets or prompts, and as `statistics_of_source` does.
+    """
+    paired = paired_scores(metrics)
+    given = dict(targets or {})
+    absent = [target for target in paired if target not in given]
+    if absent:
+        raise ValueError(f"metrics compare with the target {absent[0]!r}, which is not given; give its images")
+    if "clip" in metrics and (text_score is None or prompts is None):
+        raise ValueError("clip compares images with their prompts by a CLIP model; give prompts, one per image")
+    check_against(metrics, identity(network), reference)
+    return statistics_of_source(
+        as_source(images),
+        network,
+        targets={name: as_source(given[name]) for name in paired},
+        paired=paired,
+        prompts=prompts,
+        text_score=text_score if "clip" in metrics else None,
+        limit=limit,
+        batch_size=batch_size,
+        progress=progress,
+    )
+
+
 def evaluate(
     images: torch.Tensor | ImageSource,
     reference: ReferenceSet | None,
@@ -102,25 +143,15 @@ def evaluate(
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
-    """The `metrics` of images: uint8 (N, C, H, W), or a source, which is read batch by batch.
-
-    Targets pair by order and are of the same kind. "clip" needs `text_score` (`iec.evaluate.clip.ClipScore`) and one of the
-    `prompts` per image. See `statistics_of_source` and `evaluate_statistics`, also for what is raised.
-    """
-    paired = paired_scores(metrics)
-    absent = [target for target in paired if target not in (targets or {})]
-    if absent:
-        raise ValueError(f"metrics compare with the target {absent[0]!r}, which is not given; give its images")
-    if "clip" in metrics and text_score is None:
-        raise ValueError("clip compares images with their prompts by a CLIP model; give text_score and prompts")
-    check_against(metrics, identity(network), reference)
-    statistics = statistics_of_source(
-        as_source(images),
+    """The `metrics` of images, see `gather`; the bootstrap, see `evaluate_statistics`. Raises as these do."""
+    statistics = gather(
+        images,
+        reference,
         network,
-        targets={name: as_source(others) for name, others in (targets or {}).items() if name in paired},
-        paired=paired,
+        metrics,
+        targets=targets,
         prompts=prompts,
-        text_score=text_score if "clip" in metrics else None,
+        text_score=text_score,
         limit=limit,
         batch_size=batch_size,
         progress=progress,

@@ -67,6 +67,15 @@ def _find(metric: str) -> tuple[_OfSets | None, _OfImages | None, str]:
     raise ValueError(f"unknown metric {metric!r}; known: {known()}")
 
 
+def possible(reference: ReferenceSet | None, targets: Sequence[str] = (), prompts: bool = False) -> tuple[str, ...]:
+    """All metrics that can be had of what is given, but LPIPS, which needs a package and weights of its own."""
+    found = []
+    if reference is not None:
+        found += [name for name, each in _SETS.items() if each.against and getattr(reference, each.against) is not None]
+    found += ["is", *(f"{kind}_{target}" for target in targets for kind in _PAIRS if kind != "lpips")]
+    return (*found, "clip") if prompts else tuple(found)
+
+
 def paired_scores(metrics: Sequence[str]) -> dict[str, tuple[str, ...]]:
     """For each target that `metrics` name, the scores of image pairs they need: {"fine": ("mse", "ssim")}.
 

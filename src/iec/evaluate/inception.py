@@ -211,7 +211,8 @@ def load_inception(file: str | os.PathLike[str]) -> Inception:
         ) from error
     if not isinstance(held, Mapping) or not all(isinstance(value, torch.Tensor) for value in held.values()):
         raise ValueError(f"{path}: holds no plain table of tensors; expected the weights of Inception-2015")
-    network = Inception()
+    with torch.device("meta"):  # random weights would only be thrown away
+        network = Inception()
     counters = "num_batches_tracked"  # the published file has none, later exports do; inference needs none
     wanted = {name: value for name, value in network.state_dict().items() if not name.endswith(counters)}
     given = {name: value for name, value in held.items() if not name.endswith(counters)}
@@ -221,7 +222,8 @@ def load_inception(file: str | os.PathLike[str]) -> Inception:
             f"{path}: not the weights of Inception-2015 ({PUBLISHED[1]}): {len(wrong)} entries are missing, unknown or of "
             f"another shape, as {', '.join(wrong[:3])}"
         )
-    network.load_state_dict(given, strict=False)
+    counts = {name: torch.zeros((), dtype=torch.int64) for name in network.state_dict() if name.endswith(counters)}
+    network.load_state_dict({name: value.float() for name, value in given.items()} | counts, assign=True)
     return network.eval().requires_grad_(False)
 
 

@@ -94,7 +94,7 @@ def _bundled(spec: str, network: FeatureExtractor) -> ReferenceSet | None:
     if split not in ("", "train", "test"):
         raise ValueError(f"{spec!r}: expected {name}, {name}:train or {name}:test")
     held = load_reference(network.folder, "test" if split == "test" else "train")
-    called = f"{name}:{split or 'train'}"
+    called = f"{network.name}:{split or 'train'}"
     return ReferenceSet(called, identity(network), held.moments.count, held.moments, held.features)
 
 

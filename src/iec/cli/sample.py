@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from iec.cli.console import bar, print_json, stdout
+from iec.cli.shards import Request, into_shards
 
 
 def _factors(text: str) -> str | tuple[float, ...]:
@@ -53,8 +54,16 @@ def sample(
     scheduler: Annotated[
         str | None, typer.Option(metavar="NAME", help="A scheduler class of diffusers.  [default: the model's]")
     ] = None,
-    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="Text, for text-to-image models.")] = None,
-    class_label: Annotated[int | None, typer.Option(metavar="N", help="Class, for class-conditional models.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Text, for text-to-image models; @FILE: line i for image i.")
+    ] = None,
+    class_label: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N",
+            help="Class, for class-conditional models; each:N: N images of each class; random:N: one of N classes.",
+        ),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Images at a time.")] = 16,
     device: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda, ...")] = "auto",
     out: Annotated[Path, typer.Option(metavar="FILE", help="The grid, a PNG file.")] = Path("out/samples.png"),
@@ -62,6 +71,35 @@ def sample(
         int | None, typer.Option(min=1, metavar="N", help="Columns of the grid.  [default: about square]")
     ] = None,
     save_images: Annotated[Path | None, typer.Option(metavar="DIR", help="Also save each image, as SEED.png.")] = None,
+    shards: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Keep the images in shards there; the same command goes on where it was killed. The grid has the first 64.",
+        ),
+    ] = None,
+    shard_size: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="With --shards: images of each.  [default: 50]")
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="With --shards: processes, or Ray workers, at a time.  [default: 1; with --ray all there is room for]",
+        ),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="With --shards: CPU threads of a worker.  [default: 1]")
+    ] = None,
+    gpus: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, metavar="X", help="With --shards: the share of a GPU that a worker takes."),
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="With --shards: the workers of this Ray cluster, or local, for one here."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Sample images, plain, quantized, cached or corrected by IEC, into one grid."""
@@ -73,21 +111,37 @@ def sample(
     from iec.evaluate.sampling import measure, with_scheduler
     from iec.evaluate.sampling import sample as sample_images
 
-    place, factors = choose_device(device), _factors(relax)
+    # What the machines of a Ray cluster have, this one need not have.
+    place, factors = device if ray is not None else choose_device(device), _factors(relax)
     iec.plan.parse(steps)  # a bad plan is told before a large model is loaded
+    conditions = _conditions(prompt, class_label, seed)
+    if shards is None:
+        of_shards = {"shard-size": shard_size, "workers": workers, "threads": threads, "gpus": gpus, "ray": ray}
+        given = [f"--{name}" for name, value in of_shards.items() if value is not None]
+        if given:
+            raise ValueError(f"{', '.join(given)}: for images in shards; add --shards DIR")
     if kernel is not None and quant is None:
         raise ValueError("--kernel chooses how a quantized model is computed; add --quant DIR")
     calibration = iec.Calibration.load(quant) if quant is not None else None
     cached = _cache(cache, calibration, quant)
     if calibration is not None and calibration.quant is None and (kernel is not None or not _is_planned(cached)):
         raise ValueError(f"{quant} holds no quantization; its cache is used by --cache cachequant, without --kernel")
+    if shards is not None:
+        arm = {"num_inference_steps": num_inference_steps, "scheduler": scheduler, "cache": cached}
+        arm |= {"steps": steps, "relax": factors, "tol": tol}
+        into_shards(
+            Request(model, num, seed, shards, shard_size or 50, out, columns, save_images, as_json),
+            arm,
+            calibration=quant,
+            sampling={"batch_size": batch_size, "conditions": conditions, "device": place, "kernel": kernel or "auto"},
+            work={"workers": workers, "threads": threads or 1, "ray": ray, "gpus": gpus or 0.0},
+        )
+        return
     logging.disable_progress_bar()  # ours says what matters
     pipe = iec.load(model).to(place)
     pipe.set_progress_bar_config(disable=True)
     if scheduler is not None:
         pipe = with_scheduler(pipe, scheduler)
-    given = {"prompt": prompt, "class_labels": class_label}
-    conditions: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     if cached is not None:  # before quantization, which gives away the weights that a calibration is compared with
         iec.cache(pipe, cached, calibration if _is_planned(cached) else None)
     if calibration is not None and calibration.quant is not None:
@@ -102,7 +156,9 @@ def sample(
         def progress(done: int, _: int) -> None:
             shown.update(task, completed=done, evaluations=cost.evaluations)
 
-        images = sample_images(pipe, seeds, num_inference_steps, batch_size, progress=progress, **conditions)
+        images = sample_images(
+            pipe, seeds, num_inference_steps, batch_size, progress=progress, **conditions.of(range(num))
+        )
 
     save_grid(images, out, columns)
     if save_images is not None:
@@ -136,6 +192,21 @@ def sample(
         stdout.print(line, markup=False, highlight=False, soft_wrap=True)
     counted = f"{num} images, {cost.evaluations} evaluations{per_batch}, {cost.seconds:.1f} s"
     stdout.print(f"{counted}\n{out}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _conditions(prompt: str | None, class_label: str | None, seed: int) -> Any:
+    """Those of --prompt and --class-label."""
+    from iec.evaluate.conditions import Conditions
+
+    given: dict[str, Any] = {}
+    if prompt is not None:
+        given["prompt"] = {"file": prompt[1:]} if prompt.startswith("@") else prompt
+    if class_label is not None:
+        rule, _, count = class_label.rpartition(":")
+        if rule not in ("", "each", "random") or not count.isdecimal():
+            raise ValueError(f"--class-label is {class_label!r}, expected a number, each:N or random:N")
+        given["class_labels"] = {rule: int(count)} if rule else int(count)
+    return Conditions(given, seed)
 
 
 def _cache(text: str | None, calibration: Any, folder: Path | None) -> Any:

@@ -9,6 +9,7 @@ import queue
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from typing import Any
 
@@ -27,9 +28,13 @@ _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA
 class _Worker:
     """A process, the task that it has (its key), and a thread that waits for its answers."""
 
-    def __init__(self, environment: dict[str, str], events: queue.SimpleQueue[tuple[_Worker, Any]]) -> None:
+    def __init__(
+        self, environment: dict[str, str], silent: bool, events: queue.SimpleQueue[tuple[_Worker, Any]]
+    ) -> None:
         command = [sys.executable, "-c", _BEGIN, json.dumps(sys.path)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+        pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout"), subprocess.PIPE)
+        self._said = tempfile.TemporaryFile() if silent else None  # noqa: SIM115 - closed by `end`
+        self.process = subprocess.Popen(command, stderr=self._said, env=environment, **pipes)
         self.key: str | None = None
         self.ready = False
         self._events = events
@@ -67,12 +72,14 @@ class _Worker:
             self.process.wait()
         self._reader.join()
         self.process.stdout.close()
+        if self._said is not None:
+            self._said.close()
 
     def cause(self) -> str:
         """What a worker died of."""
         code = self.process.wait()
         if code >= 0:
-            return f"worker {self.process.pid} exited with code {code}"
+            return f"worker {self.process.pid} exited with code {code}{self._last_words()}"
         try:
             name = signal.Signals(-code).name
         except ValueError:
@@ -80,9 +87,20 @@ class _Worker:
         hint = ", as the system does when memory runs out" if name == "SIGKILL" else ""
         return f"worker {self.process.pid} was ended by {name}{hint}"
 
+    def _last_words(self) -> str:
+        """The last line that it wrote on its stderr, where that is not ours."""
+        if self._said is None:
+            return ""
+        self._said.seek(0)
+        lines = self._said.read().decode(errors="replace").split("\n")
+        return next((f": {line.strip()}" for line in reversed(lines) if line.strip()), "")
+
 
 class Processes:
-    """At most `workers` local processes, begun when there is work for them; see `iec.evaluate.workers.Pool`."""
+    """At most `workers` local processes, begun when there is work for them; see `iec.evaluate.workers.Pool`.
+
+    The first speaks for all on stderr: they say the same.
+    """
 
     def __init__(self, workers: int, threads: int, gpus: float) -> None:
         self.slots, self._threads = workers, threads
@@ -108,7 +126,7 @@ class Processes:
                 return
             if worker is not None:
                 worker.end(orderly=False)
-            self._workers[place] = worker = _Worker(self._environments[place], self._events)
+            self._workers[place] = worker = _Worker(self._environments[place], place > 0, self._events)
             if not worker.give(task.key, request):
                 worker.key = task.key  # died at once: `wait` will hear of it
             return

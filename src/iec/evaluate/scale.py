@@ -30,6 +30,7 @@ class Sampling:
         batch_size: images at a time. No batch reaches from one shard into the next.
         conditions: what the pipeline is called with beside the seeds.
         device: "cpu", "cuda", "auto", as the worker has it.
+        kernel: of quantized layers, see `iec.quantize`.
     """
 
     arm: Arm
@@ -39,6 +40,7 @@ class Sampling:
     batch_size: int = 16
     conditions: Conditions = field(default_factory=Conditions)
     device: str = "auto"
+    kernel: str = "auto"
 
     def identity(self, model: str, threads: int, calibration: Path | None = None) -> dict[str, Any]:
         """What decides the images beside their seeds and shards, for a `ShardSet`.
@@ -56,8 +58,9 @@ class Sampling:
             "conditions": self.conditions.identity(),
             "batch_size": self.batch_size,
             "threads": threads,
-            "device": choose_device(self.device).partition(":")[0],
+            "device": self.device.partition(":")[0],
             "calibration": None if calibration is None else calibration_digest(calibration),
+            "kernel": self.kernel if self.arm.quant is not None else None,
         }
 
     def tasks(
@@ -93,6 +96,7 @@ class Sampling:
             "arm": {**self.arm.plain(), "name": self.arm.name, "kind": self.arm.kind},
             "batch_size": self.batch_size,
             "device": self.device,
+            "kernel": self.kernel,
         }
         return [
             Task(
@@ -130,7 +134,7 @@ def sample_shard(arguments: dict[str, Any], files: tuple[Path, ...]) -> dict[str
     where = (model, arguments["options"], arguments["dtype"], arguments["device"])
     size = min(arguments["batch_size"], len(seeds))
     first = {key: value[:size] if isinstance(value, list) else value for key, value in conditions.items()}
-    pipe = HELD.arm(*where, arm, calibration, seeds[:size], first)
+    pipe = HELD.arm(*where, arm, calibration, arguments["kernel"], seeds[:size], first)
     reused = 0
 
     def count(*_: int) -> None:

@@ -15,14 +15,16 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from iec.artifact import fingerprint
 from iec.artifact.files import replacing, write_json
 from iec.artifact.plain import Fields, loads, plain, short
+
+if TYPE_CHECKING:
+    import torch
 
 FORMAT, VERSION = "iec-shards", 1
 MANIFEST = "manifest.json"
@@ -179,8 +181,11 @@ class ShardSet:
         """The arrays of a shard, "images" among them. Raises ValueError when it is absent or damaged (its checksum is read)."""
         file = self.path(start)
         try:
-            with np.load(file, allow_pickle=False) as opened:
-                arrays = {name: opened[name] for name in opened.files}
+            with open(file, "rb") as opened:
+                held = np.load(opened, allow_pickle=False)
+                if not isinstance(held, np.lib.npyio.NpzFile):
+                    raise ValueError("one array, not an archive of them")
+                arrays = {name: held[name] for name in held.files}
         except FileNotFoundError as error:
             raise ValueError(f"{file}: absent; the run that makes it has not ended") from error
         except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
@@ -209,6 +214,8 @@ class ShardSet:
 
     def images(self) -> torch.Tensor:
         """All images, uint8 (N, C, H, W), in the order of the seeds. Raises as `parts` does."""
+        import torch
+
         kept: torch.Tensor | None = None
         for start, arrays in self.parts():
             part = torch.from_numpy(arrays["images"])

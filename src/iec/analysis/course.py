@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from iec.analysis.recording import Step, record
+from iec.analysis.spread import norms
+from iec.core.correction import RESIDUAL_FLOOR
 from iec.pipeline.adapters import denoisers
 from iec.pipeline.batches import batches
 from iec.pipeline.installation import installed
@@ -37,11 +39,13 @@ class Part:
 @dataclass(frozen=True)
 class Course:
     """A run: `timesteps`, one per step; `states` (T, B, …), the sample after each step as the pipeline's own step made it, on the
-    CPU in its own dtype; `residuals`, the relative residuals (K, B) of the corrections of a step, float64, by step."""
+    CPU in its own dtype; by step, of its corrections, `residuals` (K, B), ‖y′ − y‖/(‖y‖ + 1e-6), and `changes` (K, B), ‖y′ − y‖,
+    float64."""
 
     timesteps: tuple[float, ...]
     states: Tensor
     residuals: dict[int, Tensor]
+    changes: dict[int, Tensor]
 
 
 def parts(
@@ -78,12 +82,15 @@ def follow(
         if correction is not None:
             stack.enter_context(enable(pipe, **correction))
         steps = part.record(pipe, changed)
-    residuals = {
-        number: torch.stack([each.detach().cpu().double() for each in step.residuals])
-        for number, step in enumerate(steps)
-        if step.residuals
-    }
-    return Course(tuple(step.timestep for step in steps), torch.stack(own), residuals)
+    residuals: dict[int, Tensor] = {}
+    changes: dict[int, Tensor] = {}
+    for number, step in enumerate(steps):
+        if step.residuals:
+            residuals[number] = torch.stack([each.detach().cpu().double() for each in step.residuals])
+            # The last estimate is the state, which may have been changed; the ones before are what was corrected.
+            lengths = torch.stack([norms(each).cpu() for each in step.estimates[:-1]])
+            changes[number] = residuals[number] * (lengths + RESIDUAL_FLOOR)
+    return Course(tuple(step.timestep for step in steps), torch.stack(own), residuals, changes)
 
 
 def beside(course: Course) -> Callable[[int, Tensor], Tensor]:

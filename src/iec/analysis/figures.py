@@ -58,16 +58,17 @@ def _line(
         return
     steps, values = [row["step"] for row in rows], [row[value] for row in rows]
     marker = {"marker": "o", "markersize": 3} if len(rows) < 12 else {}
-    axes.plot(steps, values, label=label, color=colour, linewidth=1.6, **{**marker, **style})
+    axes.plot(steps, values, label=label, color=colour, **{"linewidth": 1.6, **marker, **style})
+    if not sem:
+        return
     if f"{value}_low" in rows[0]:
         band = [(row[f"{value}_low"], row[f"{value}_high"]) for row in rows]
-    elif sem and f"{value}_sem" in rows[0]:
-        band = [(row[value] - 2 * row[f"{value}_sem"], row[value] + 2 * row[f"{value}_sem"]) for row in rows]
     else:
-        return
-    axes.fill_between(
-        steps, [low for low, _ in band], [high for _, high in band], color=colour, alpha=0.15, linewidth=0
-    )
+        errors = [row.get(f"{value}_sem") for row in rows]
+        band = [(v - 2 * e, v + 2 * e) if e is not None else (None, None) for v, e in zip(values, errors, strict=True)]
+    known = [(step, *pair) for step, pair in zip(steps, band, strict=True) if None not in pair]
+    if known:
+        axes.fill_between(*zip(*known, strict=True), color=colour, alpha=0.15, linewidth=0)
 
 
 def _legend(axes: Any, **where: Any) -> None:
@@ -80,10 +81,17 @@ def _where(rows: Sequence[Row], **wanted: Any) -> list[Row]:
 
 
 def _logarithmic(axes: Any, values: Sequence[float]) -> None:
-    """A logarithmic axis where the values are positive and differ by more than tenfold."""
+    """A logarithmic axis, with plain numbers, where the values are positive and differ by more than fourfold."""
     positive = [value for value in values if value]
-    if positive and min(positive) > 0 and max(positive) > 10 * min(positive):
-        axes.set_yscale("log")
+    if not positive or min(positive) <= 0 or max(positive) <= 4 * min(positive):
+        return
+    axes.set_yscale("log")
+    if max(positive) < 1000 * min(positive):
+        from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _error(figure: Any, rows: Sequence[Row]) -> None:
@@ -91,21 +99,33 @@ def _error(figure: Any, rows: Sequence[Row]) -> None:
     titles = {"accumulated": "Distance from full precision", "local": "Error of the step alone"}
     for place, kind in enumerate(kinds):
         of = _where(rows, error=kind)
-        axes = _panel(figure, (1, len(kinds) + 1, place + 1), titles[kind], "RMS per element")
-        _line(axes, _where(of, model="efficient", corrected=False), "rms", "efficient", PLAIN)
-        _line(axes, _where(of, model="efficient", corrected=True, against="full"), "rms", "efficient + IEC", CORRECTED)
-        _line(axes, _where(of, model="full", corrected=True), "rms", "full + IEC", FULL, linestyle="--")
+        axes = _panel(figure, (1, len(kinds) + 1, place + 1), titles[kind], "RMS per element: median, quartiles")
+        _line(axes, _where(of, model="efficient", corrected=False), "median", "efficient", PLAIN)
+        _line(
+            axes, _where(of, model="efficient", corrected=True, against="full"), "median", "efficient + IEC", CORRECTED
+        )
+        _line(axes, _where(of, model="full", corrected=True), "median", "full + IEC", FULL, linestyle="--")
         against = _where(of, model="efficient", corrected=True, against="full + IEC")
-        _line(axes, against, "rms", "efficient + IEC, from full + IEC", OTHER, linestyle=":")
-        _logarithmic(axes, [row["rms"] for row in of])
+        _line(axes, against, "median", "efficient + IEC,\nfrom full + IEC", OTHER, linestyle=":")
+        _logarithmic(axes, [row["median"] for row in of])
         _legend(axes)
-    axes = _panel(figure, (1, len(kinds) + 1, len(kinds) + 1), "What IEC changes, below 1: less", "with IEC / without")
+    axes = _panel(
+        figure, (1, len(kinds) + 1, len(kinds) + 1), "Error with IEC over that without", "ratio, below 1 is better"
+    )
     styles = {"accumulated": (CORRECTED, "-"), "local": (PLAIN, "--")}
     for kind in kinds:
         colour, style = styles[kind]
         ratio = _where(rows, error=kind, model="efficient", corrected=True, against="full")
-        _line(axes, ratio, "ratio", f"{kind} error", colour, linestyle=style)
+        _line(
+            axes,
+            ratio,
+            "ratio",
+            {"accumulated": "accumulated", "local": "of the step alone"}[kind],
+            colour,
+            linestyle=style,
+        )
     axes.axhline(1, color=INK, linewidth=0.8)
+    _logarithmic(axes, [row["ratio"] for row in rows if row["ratio"]])
     _legend(axes)
 
 

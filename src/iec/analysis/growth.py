@@ -43,7 +43,7 @@ def growth(
     *,
     efficient: Any = None,
     after: Sequence[int] | None = None,
-    directions: Sequence[str] = DIRECTIONS,
+    directions: Sequence[str] | None = None,
     size: float = 1e-2,
     correction: Correction | None = None,
     bound: Mapping[int, float] | None = None,
@@ -59,7 +59,7 @@ def growth(
         after: the steps after which an error is injected, each in a run of its own; None: after the first, and after a quarter,
             half and three quarters of the steps.
         directions: "random" (Gaussian, per sample) and/or "error" (what the efficient model's step i makes wrong at the
-            full-precision sample: efficient − full, a direction that errors really take).
+            full-precision sample: efficient − full, a direction that errors really take); None: what can be had of them.
         size: ‖δ_i‖/‖x‖ as injected; small, so that the growth is that of the linearised run.
         correction: arguments of `iec.enable`; None: without IEC only.
         bound: ‖A + B J‖ of steps, averaged over samples, by step.
@@ -75,6 +75,8 @@ def growth(
     if efficient is not None:
         check_pair(pipe, efficient)
     check_plain(pipe)
+    if directions is None:
+        directions = DIRECTIONS if efficient is not None else DIRECTIONS[:1]
     unknown = [name for name in directions if name not in DIRECTIONS]
     if unknown or not directions:
         raise ValueError(f"directions are {list(directions)}, expected some of {', '.join(DIRECTIONS)}")

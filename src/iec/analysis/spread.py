@@ -1,4 +1,5 @@
-"""Means over samples, and how sure they are. Every sample counts once; intervals are two standard errors to each side."""
+"""Means over samples, and how sure they are. Every sample counts once; intervals of means are two standard errors wide to each
+side."""
 
 from __future__ import annotations
 
@@ -12,33 +13,46 @@ WIDTH = 2.0  # standard errors to each side: about 95 % for some tens of samples
 
 
 class Mean(NamedTuple):
-    """A mean and its standard error; the latter is NaN for a single sample."""
+    """A mean and its standard error; None for a single sample."""
 
     value: float
-    sem: float
+    sem: float | None
 
 
 class Range(NamedTuple):
-    """A value and the interval about it; the interval is NaN for a single sample."""
+    """A value and the interval about it, if there is one."""
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
 
 def mean(values: Tensor) -> Mean:
     """Mean and standard error of the samples (N,). Samples that are not finite make the mean so, too."""
     values = values.double()
-    sem = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    sem = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else None
     return Mean(values.mean().item(), sem)
 
 
 def geometric(values: Tensor) -> Range:
-    """Geometric mean of positive factors (N,), such as growths and ratios, with its interval; zeros make it zero."""
-    if not bool((values > 0).all()):
-        return Range(0.0 if bool((values == 0).any()) else math.nan, math.nan, math.nan)
+    """Geometric mean of factors (N,) such as growths and ratios, with its interval (none for a single sample).
+
+    Zeros make it zero. Raises ValueError for a negative factor, or one that is not finite.
+    """
+    if not bool(((values >= 0) & values.isfinite()).all()):
+        raise ValueError(f"{values.tolist()} are no factors; expected finite numbers of at least 0")
+    if not bool(values.all()):
+        return Range(0.0, None, None)
     centre, sem = mean(values.double().log())
-    return Range(math.exp(centre), *(math.exp(centre + sign * WIDTH * sem) for sign in (-1, 1)))
+    if sem is None:
+        return Range(math.exp(centre), None, None)
+    return Range(math.exp(centre), math.exp(centre - WIDTH * sem), math.exp(centre + WIDTH * sem))
+
+
+def quartiles(values: Tensor) -> Range:
+    """Median of the samples (N,), and the quartiles as its interval."""
+    low, middle, high = torch.quantile(values.double(), torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist()
+    return Range(middle, low, high)
 
 
 def rms(values: Tensor) -> Tensor:

@@ -15,6 +15,8 @@ from typing import Any
 from iec.analysis import figures
 from iec.analysis.course import Correction, Progress, check_pair, check_plain
 from iec.analysis.growth import growth
+from iec.analysis.samples import Samples
+from iec.analysis.spectral import averaged, spectral_norms
 from iec.analysis.split import split
 from iec.analysis.trajectory import errors, residuals
 from iec.artifact import fingerprint
@@ -27,6 +29,7 @@ Row = dict[str, Any]
 KINDS = ("spectral", "error", "growth", "split", "residuals")
 PAIRED = ("error", "split")  # these compare with an efficient model
 VERSION = 1
+SAMPLES = "spectral.samples.jsonl"  # in a study's folder: the norms of every sample
 EVERY_STEP: Correction = {"steps": "all", "relax": (0.5,)}
 
 
@@ -88,13 +91,14 @@ def analyse(
         efficient: the same model, quantized and/or cached, without corrections, with denoisers of its own (load the model
             twice). None: only what full precision alone tells.
         kinds: what to find out:
-            "spectral": ‖A + B J‖ per step, and ‖(1−λ)I + λ B J‖ (Fig. 1; see `iec.analysis.spectral`)
+            "spectral": ‖A + B J‖ per step, and ‖(1−λ)I + λ B J‖ (Fig. 1; `spectral.spectral_norms`)
             "error": distance from the full-precision trajectory, without and with IEC (Fig. 2; `trajectory.errors`)
             "growth": of an injected error, beside the product of the norms if "spectral" is there too (`growth.growth`)
             "split": of the model's error into a shared and a decorrelated part (`split.split`)
             "residuals": of the corrections (`trajectory.residuals`)
         correction: arguments of `iec.enable` for what is corrected; the default is all steps with λ = 0.5.
-        options: further arguments of a kind's function by kind, such as {"growth": {"after": (0, 10)}}.
+        options: further arguments of a kind's function by kind, such as {"growth": {"after": (0, 10)}}; also num and batch_size
+            where a kind's are others.
         about: plain data that tells what is analysed, kept with the numbers; `title` stands over the pictures.
         folder: where each kind is saved as soon as it is there. What is there of the same study is not computed again; another
             study's is refused.
@@ -130,48 +134,48 @@ def analyse(
         )
         rows = None if folder is None else _resumed(Path(folder), kind, told)
         if rows is None:
-            seeds = range(seed, seed + num)
-            call = functools.partial(
-                _measure, kind, full, efficient, seeds, num_inference_steps, batch_size, correction
-            )
-            rows = call(chosen, study.rows.get("spectral"), progress, kwargs)
+            seeds = range(seed, seed + chosen.pop("num", num))
+            asked = (seeds, num_inference_steps, chosen.pop("batch_size", batch_size))
+            further = {**kwargs, **chosen}
+            if kind == "spectral":
+                rows = _spectral(
+                    full, asked, further, progress, Samples(Path(folder) / SAMPLES, told) if folder else None
+                )
+            else:
+                call = _call(kind, full, efficient, correction, study.rows.get("spectral"))
+                rows = call(*asked, progress=progress, **further)
         study.about[kind], study.rows[kind] = told, rows
         if folder is not None:
             Study({kind: told}, {kind: rows}).save(folder)
     return study
 
 
-def _measure(
-    kind: str,
-    full: Any,
-    efficient: Any,
-    seeds: Sequence[int],
-    num_inference_steps: int,
-    batch_size: int,
-    correction: Correction,
-    chosen: Mapping[str, Any],
-    spectral: list[Row] | None,
-    progress: Progress | None,
-    kwargs: Mapping[str, Any],
-) -> list[Row]:
-    """The rows of one kind."""
-    call: Callable[..., list[Row]]
-    if kind == "spectral":
-        from iec.analysis.norms import spectral as call
-    elif kind == "error":
-        call = functools.partial(errors, full, efficient, correction=correction)
-    elif kind == "split":
-        call = functools.partial(split, full, efficient)
-    elif kind == "residuals":
+def _call(
+    kind: str, full: Any, efficient: Any, correction: Correction, spectral: Sequence[Row] | None
+) -> Callable[..., list[Row]]:
+    """The function of a kind, with the models and the correction put in."""
+    if kind == "error":
+        return functools.partial(errors, full, efficient, correction=correction)
+    if kind == "split":
+        return functools.partial(split, full, efficient)
+    if kind == "residuals":
         pipes = {"full": full} if efficient is None else {"full": full, "efficient": efficient}
-        call = functools.partial(residuals, pipes, correction=correction)
-    else:
-        directions = ("random",) if efficient is None else ("random", "error")
-        chosen = {"directions": directions, **chosen}
-        norms = [row for row in spectral or () if row["quantity"] == "growth"]
-        bound = {row["step"]: row["norm"] for row in norms} or None
-        call = functools.partial(growth, full, efficient=efficient, correction=correction, bound=bound)
-    return call(seeds, num_inference_steps, batch_size, progress=progress, **{**kwargs, **chosen})
+        return functools.partial(residuals, pipes, correction=correction)
+    norms = {row["step"]: row["norm"] for row in spectral or () if row["quantity"] == "growth"}
+    given: dict[str, Any] = {"efficient": efficient, "correction": correction, "bound": norms or None}
+    return functools.partial(growth, full, **given)
+
+
+def _spectral(
+    full: Any, asked: Sequence[Any], further: Mapping[str, Any], progress: Progress | None, samples: Samples | None
+) -> list[Row]:
+    """The spectral norms, averaged over the samples, whose own are kept as they come."""
+    given: dict[str, Any] = {}
+    if progress is not None:
+        given["progress"] = functools.partial(progress, "spectral")
+    if samples is not None:
+        given |= {"known": samples.rows, "keep": samples.keep}
+    return averaged(spectral_norms(full, *asked, **given, **further))
 
 
 def _check(kinds: Sequence[str], efficient: Any, options: Mapping[str, Any]) -> None:

@@ -28,7 +28,7 @@ from iec.analysis.course import (
     follow,
     parts,
 )
-from iec.analysis.spread import geometric, mean, norms, rms
+from iec.analysis.spread import geometric, mean, norms, quartiles, rms
 
 Row = dict[str, Any]
 FLOOR = 1e-12  # of a norm that is divided by
@@ -68,8 +68,10 @@ def errors(
 
     Returns plain rows, one per curve and step: model, corrected, against, error, step, timestep; `rms`, root mean square over
     the elements of a sample, in the units of the pipeline's samples (pixels in −1 … 1, or latents), and `relative`, ‖x̃ − x‖/‖x‖,
-    both as the mean over samples with its standard error `…_sem`; `ratio`, the geometric mean over samples of the RMS with IEC
-    over the one without, with its interval `ratio_low` … `ratio_high` (None where there is nothing to compare); `num`.
+    both as the mean over samples with its standard error `…_sem`; `median` of the RMS with the quartiles `median_low`,
+    `median_high`, which a few samples that run away leave as they are; `ratio`, the geometric mean over samples of the RMS
+    with IEC over the one without, with its interval `ratio_low` … `ratio_high` (None where there is nothing to compare); `num`.
+    Standard errors and intervals of means are None for a single sample.
 
     Raises ValueError for pipelines that cannot be compared (see `course.check_pair`), or of other timesteps.
     """
@@ -121,7 +123,7 @@ def _rows(
     plain = every.get(curve._replace(corrected=False, against="full"))
     rows: list[Row] = []
     for step, timestep in enumerate(timesteps):
-        first, second = mean(absolute[step]), mean(relative[step])
+        first, second, middle = mean(absolute[step]), mean(relative[step]), quartiles(absolute[step])
         comparable = curve.corrected and plain is not None and bool((plain[0][step] > 0).all())
         ratio = geometric(absolute[step] / plain[0][step]) if comparable and plain is not None else (None, None, None)
         rows.append(
@@ -131,6 +133,9 @@ def _rows(
                 "timestep": timestep,
                 "rms": first.value,
                 "rms_sem": first.sem,
+                "median": middle.value,
+                "median_low": middle.low,
+                "median_high": middle.high,
                 "relative": second.value,
                 "relative_sem": second.sem,
                 **dict(zip(("ratio", "ratio_low", "ratio_high"), ratio, strict=True)),
@@ -153,8 +158,11 @@ def residuals(
     """Relative residuals ‖y′ − y‖/(‖y‖ + 1e-6) of every correction, of each of the pipelines (by name, in full precision or not).
 
     With several factors in `correction["relax"]` they tell whether the iteration contracts: `contraction` is the geometric mean
-    over samples of a residual over the one before (None for the first), below 1 where it does. Returns rows: model, step,
-    timestep, correction (1 … K), residual, residual_sem, contraction, contraction_low, contraction_high, num.
+    over samples of ‖y′ − y‖ over the one before (None for the first), below 1 where it does. It is the growth of that very
+    difference by the map x ↦ (1−λ)x + λ Φ(x_t, ε(x)), and so at most the norm of its derivative (Fig. 1b).
+
+    Returns rows: model, step, timestep, correction (1 … K), residual, residual_sem, contraction, contraction_low,
+    contraction_high, num.
 
     A correction at which the sample was frozen by `tol` has the residual that its evaluation found. Raises ValueError for a
     pipeline that is corrected already.
@@ -170,11 +178,12 @@ def residuals(
                 progress("residuals", done * len(every) + index + 1, len(pipes) * len(every))
         for step in sorted({step for course in courses for step in course.residuals}):
             # A batch whose samples were all frozen has fewer corrections than another.
-            held = [course.residuals[step] for course in courses if step in course.residuals]
-            for number in range(max(len(of) for of in held)):
-                values = torch.cat([of[number] for of in held if number < len(of)])
-                before = torch.cat([of[number - 1] for of in held if number < len(of)]) if number else None
-                factor = None if before is None or not bool((before > 0).all()) else geometric(values / before)
+            held = [course for course in courses if step in course.residuals]
+            for number in range(max(len(course.residuals[step]) for course in held)):
+                there = [course for course in held if number < len(course.residuals[step])]
+                values = torch.cat([course.residuals[step][number] for course in there])
+                now, before = (torch.cat([course.changes[step][k] for course in there]) for k in (number, number - 1))
+                factor = geometric(now / before) if number and bool((before > 0).all()) else None
                 residual = mean(values)
                 rows.append(
                     {

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from iec.cli import bench, calibrate, demo, evaluate, info, report, sample, train
+from iec.cli import analyze, bench, calibrate, demo, evaluate, info, report, sample, train
 from iec.cli.console import stderr
 
 # What the package raises for wrong input or a missing thing; all else is a fault of ours and shows its traceback.
@@ -59,6 +59,7 @@ app.command("demo")(demo.demo)
 app.command("sample")(sample.sample)
 app.command("calibrate")(calibrate.calibrate)
 app.command("evaluate")(evaluate.evaluate)
+app.command("analyze")(analyze.analyze)
 app.command("train")(train.train)
 app.command("bench")(bench.bench)
 app.command("report")(report.report)

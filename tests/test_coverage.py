@@ -62,11 +62,23 @@ def test_the_surface_of_a_ball_counts() -> None:
     assert precision(far + torch.tensor([[-0.3, -0.4]]), far, k=1) == 1
 
 
+def test_a_neighbour_lies_on_the_surface_whatever_the_rounding() -> None:
+    features = draw(60, 64) * 10 + 300
+    squares, rows = nearest(features, 1)
+    for centre, square, row in zip(features, squares[:, 0], rows[:, 0], strict=True):
+        # The same distance, about another origin: in floating point, often a little more.
+        neighbour = features[row].unsqueeze(0)
+        assert covered(neighbour, centre.unsqueeze(0), square.unsqueeze(0)).item()
+        assert not covered(neighbour, centre.unsqueeze(0), square.unsqueeze(0) * (1 - 1e-6)).item()
+
+
 def test_repeated_images_are_at_no_distance() -> None:
     same = draw(1, 64).repeat(10, 1) * 1e3
     assert radii(same).tolist() == [0.0] * 10
     assert precision_recall(same, same) == (1, 1)
     assert precision(same + 1e-2, same) == 0
+    twice = draw(40, 64, seed=1).repeat(2, 1) * 1e3
+    assert radii(twice, 1).tolist() == [0.0] * 80 and radii(twice, 2).min() > 0
 
 
 def test_nearest_are_other_rows_in_order() -> None:

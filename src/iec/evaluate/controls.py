@@ -15,6 +15,7 @@ from iec.evaluate.arms import Arm
 from iec.evaluate.cost import passes
 
 SCALES = (0.99, 0.995, 1.005)  # of the output; below 1 it takes noise prediction back, as against exposure bias
+ROUNDING = 1e-9
 PROBES = ("start:1", "next")
 EULER, HEUN = "EulerDiscreteScheduler", "HeunDiscreteScheduler"
 MULTISTEP = ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler")
@@ -51,7 +52,7 @@ def controls(
         raise ValueError(f"{arm.name!r} corrects nothing, so no cost is to be equalled; give a corrected arm")
     if arm.cache is not None and share is None:
         raise ValueError(f"{arm.name!r} is cached: give share=reuse_share(pipe, {arm.cache!r})")
-    budget = passes(arm, scheduler, refresh).equivalents(_or_whole(share))
+    budget = passes(arm, scheduler, refresh).equivalents(_or_whole(share)) * (1 + ROUNDING)
     bare = replace(arm, steps=None)
     full = replace(bare, quant=None, reconstruct=False, cache=None)
     found: list[Arm] = []

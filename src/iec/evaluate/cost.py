@@ -17,6 +17,7 @@ from iec.pipeline.adapters import denoisers
 from iec.pipeline.batches import batches
 from iec.pipeline.caching import cache as put_cache
 from iec.plan import bounds, parse, parse_probe, parse_schedule, resolve, resolve_window
+from iec.schedule import IECScheduler
 
 
 class Passes(NamedTuple):
@@ -35,6 +36,8 @@ def arm_scheduler(scheduler: Any, arm: Arm) -> Any:
 
     Raises ValueError when diffusers has no such scheduler.
     """
+    if type(scheduler) is IECScheduler:
+        scheduler = scheduler.iec.inner
     if arm.scheduler is None and not arm.scheduler_options:
         return copy.deepcopy(scheduler)
     return scheduler_like(scheduler, arm.scheduler or type(scheduler).__name__, **arm.scheduler_options)

@@ -78,7 +78,8 @@ def arrays_of(file: Path) -> Iterator[Picture]:
         if file.suffix.lower() == ".npy":
             array = np.load(file, mmap_mode="r", allow_pickle=False)
         else:
-            with np.load(file, allow_pickle=False) as opened:
+            # numpy leaves a file that is no archive open.
+            with open(file, "rb") as handle, np.load(handle, allow_pickle=False) as opened:
                 name = next((n for n in ("arr_0", "images") if n in opened.files), None)
                 if name is None:
                     found = ", ".join(opened.files) or "nothing"

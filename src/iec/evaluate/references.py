@@ -101,7 +101,8 @@ def _bundled(spec: str, network: FeatureExtractor) -> ReferenceSet | None:
 def _published(file: Path) -> dict[str, np.ndarray] | None:
     """mu, sigma (and mu_s, sigma_s) of an .npz file; None if it holds images."""
     try:
-        with np.load(file, allow_pickle=False) as opened:
+        # numpy leaves a file that is no archive open.
+        with open(file, "rb") as handle, np.load(handle, allow_pickle=False) as opened:
             if "mu" not in opened.files:
                 return None
             return {name: opened[name] for name in ("mu", "sigma", "mu_s", "sigma_s") if name in opened.files}

@@ -70,12 +70,8 @@ def _like(first: Picture, picture: Picture) -> Picture:
     if first.pixels.shape[0] == 3 and picture.pixels.shape[0] == 1:
         picture = Picture(picture.pixels.expand(3, -1, -1), picture.place)
     if picture.pixels.shape != first.pixels.shape:
-        shapes = [
-            f"{'grey' if len(p.pixels) == 1 else 'RGB'}, {p.pixels.shape[2]} x {p.pixels.shape[1]}"
-            for p in (picture, first)
-        ]
         raise ValueError(
-            f"{picture.place}: {shapes[0]} pixels, but {first.place} is {shapes[1]}; images of one set must be alike "
+            f"{picture.place}: {picture}, but {first.place} is {first}; images of one set must be alike "
             "(real photographs: give --crop SIDE)"
         )
     return picture

@@ -128,7 +128,7 @@ class _Planning:
         self.whole = None
         if recipe.references.full and recipe.run.num_inference_steps is not None:
             steps = recipe.run.num_inference_steps
-            arm = Arm(f"full precision, {steps} steps", "reference", steps)
+            arm = recipe.full_precision(steps, f"full precision, {steps} steps")
             self.whole = self._row(Entry(arm, REFERENCES))
         for entry in (*recipe.entries, *controls):
             self._entry(entry)
@@ -149,7 +149,7 @@ class _Planning:
                 raise ValueError(
                     f"figure {spec.title or spec.kind!r}: give arm or num_inference_steps, here or in [run]"
                 )
-            arm = entry.arm if entry is not None else Arm("full precision", "reference", steps or 1)
+            arm = entry.arm if entry is not None else self.recipe.full_precision(steps or 1, "full precision")
             if spec.num_inference_steps is not None:
                 arm = replace(arm, num_inference_steps=spec.num_inference_steps)
             calibration = self._calibration(arm)

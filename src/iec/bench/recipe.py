@@ -73,6 +73,11 @@ class Recipe:
         filled = {name: asdict(getattr(self, name)) for name in _SECTIONS}
         return plain({**self.table, **filled}, "recipe")
 
+    def full_precision(self, num_inference_steps: int, name: str) -> Arm:
+        """Full precision with the sampler of the run."""
+        run = self.run
+        return Arm(name, "reference", num_inference_steps, run.scheduler, run.scheduler_options)
+
     @property
     def fine(self) -> tuple[Arm, int] | None:
         """The arm of the fine solution and its number of images; None without one."""
@@ -170,7 +175,7 @@ def recipe_of(table: Mapping[str, Any], where: str, folder: Path = Path()) -> Re
     texts = {key: value_of(str, table[key], f"{where}.{key}") for key in ("title", "paper", "about") if key in table}
     conditions = value_of(dict[str, Any], table.get("conditions", {}), f"{where}.conditions")
     run = read_in.get("run", RunSpec())
-    rows = _rows(table, run.num_inference_steps, where)
+    rows = _rows(table, asdict(run), where)
     figures = tuple(_figure(each, rows, at) for at, each in _each(table, "figure", where))
     held = table.get("stand_in", {})
     own = {key: value for key, value in held.items() if key in ("model", "options")} if isinstance(held, dict) else held
@@ -212,8 +217,8 @@ def _check(recipe: Recipe, where: str) -> None:
             raise ValueError(f"{where}.metrics.names: {name} needs references.{target}")
 
 
-def _rows(table: Mapping[str, Any], num_inference_steps: int | None, where: str) -> tuple[Entry, ...]:
-    rows = tuple(Entry(*found) for found in entries(table, num_inference_steps, where))
+def _rows(table: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -> tuple[Entry, ...]:
+    rows = tuple(Entry(*found) for found in entries(table, defaults, where))
     if not rows:
         raise ValueError(f"{where}: no [[arm]] and no [[sweep]]; expected at least one")
     seen: set[tuple[str, str]] = set()
@@ -245,7 +250,8 @@ def _each(table: Mapping[str, Any], key: str, where: str) -> list[tuple[str, Any
 
 
 def _found(name_or_path: str | Path) -> tuple[str, str, Path]:
-    """What to call a recipe in messages, its text, and its folder."""
+    """What to call a recipe in messages, its text, and what its relative paths are relative to: its folder, or, for a bundled
+    one, the present."""
     path = Path(name_or_path)
     if path.suffix != ".toml":
         folder = resources.files("iec") / "recipes" / "bench"
@@ -255,9 +261,11 @@ def _found(name_or_path: str | Path) -> tuple[str, str, Path]:
                 f"no bench recipe {str(name_or_path)!r}; bundled are {', '.join(known)}; or give a .toml file"
             )
         text = (folder / f"{name_or_path}.toml").read_text(encoding="utf-8")
-        return f"{name_or_path}.toml", text, Path(str(folder))
+        return f"{name_or_path}.toml", text, Path()
     try:
-        return str(path), path.read_text(encoding="utf-8"), path.resolve().parent
+        folder = path.resolve().parent
+        bundled = folder == Path(str(resources.files("iec") / "recipes" / "bench")).resolve()
+        return str(path), path.read_text(encoding="utf-8"), Path() if bundled else folder
     except FileNotFoundError:
         raise ValueError(f"recipe {path} not found") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -22,13 +22,16 @@ class ModelSpec:
 @dataclass(frozen=True)
 class RunSpec:
     """`num` images of the seeds from `seed` on, in shards of `shard`, each sampled in batches of `batch_size` by `threads`
-    threads: all of which the images depend on, by the rounding of floats. `num_inference_steps` for arms without their own."""
+    threads: all of which the images depend on, by the rounding of floats. `num_inference_steps` is for arms without their own,
+    `scheduler` with `scheduler_options` for arms that have neither (None: the model's own)."""
 
     num: int = 64
     seed: int = 0
     batch_size: int = 16
     shard: int = 50
     num_inference_steps: int | None = None
+    scheduler: str | None = None
+    scheduler_options: dict[str, Any] = field(default_factory=dict)
     threads: int = 1
     device: str = "auto"
 
@@ -76,8 +79,8 @@ class ReferencesSpec:
 
 @dataclass(frozen=True)
 class MetricsSpec:
-    """`names` and `network` of `iec evaluate` (None: nothing of sets of images); `draws` of the bootstrap, with `seed`; the model
-    of `clip` scores (None: the paper's)."""
+    """`names` and `network` of `iec evaluate` (None, or "none" over a network: nothing of sets of images); `draws` of the
+    bootstrap, with `seed`; the model of `clip` scores (None: the paper's)."""
 
     names: tuple[str, ...] = ("rmse_full",)
     network: str | None = None
@@ -88,6 +91,8 @@ class MetricsSpec:
 
     def __post_init__(self) -> None:
         _at_least_one(self, "draws", "batch_size")
+        if self.network == "none":  # TOML has no null
+            object.__setattr__(self, "network", None)
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,13 @@ _NOT_SWEPT = ("name", "kind", "scheduler_options", *_OWN)
 
 
 def entries(
-    table: Mapping[str, Any], num_inference_steps: int | None, where: str
+    table: Mapping[str, Any], defaults: Mapping[str, Any], where: str
 ) -> Iterator[tuple[Arm, str, Paper | None]]:
     """(arm, group, paper) of every [[arm]] of the parsed `table`, then of every [[sweep]].
 
-    num_inference_steps: of arms that do not say. Names are templates of the arm's fields: "{num_inference_steps} steps"; in a
-    sweep, without a name, arms are named by what they are. Raises ValueError naming the table and the key.
+    defaults: num_inference_steps of arms that do not say, scheduler and scheduler_options of those that say neither. Names are
+    templates of the arm's fields: "{num_inference_steps} steps"; in a sweep, without a name, arms are named by what they are.
+    Raises ValueError naming the table and the key.
     """
     for kind in ("arm", "sweep"):
         listed = table.get(kind, [])
@@ -37,8 +38,10 @@ def entries(
             group, paper = value_of(str, values.pop("group", ""), f"{at}.group"), values.pop("paper", None)
             if paper is not None:
                 _check_paper(paper, f"{at}.paper")
-            if num_inference_steps is not None:
-                values.setdefault("num_inference_steps", num_inference_steps)
+            if "scheduler" not in values and "scheduler_options" not in values:
+                values |= {key: defaults[key] for key in ("scheduler", "scheduler_options") if defaults.get(key)}
+            if defaults.get("num_inference_steps") is not None:
+                values.setdefault("num_inference_steps", defaults["num_inference_steps"])
             if "num_inference_steps" not in values:
                 raise ValueError(f"{at}: num_inference_steps missing, here and in [run]")
             for single in [values] if kind == "arm" else product(values, at):

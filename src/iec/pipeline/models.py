@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -34,17 +35,36 @@ def calibrations(model: str) -> dict[str, Path]:
 def load(model: str | Path, **kwargs: Any) -> Any:
     """Load a diffusers pipeline: a bundled name, a local folder or a Hub id. `kwargs` go to diffusers' `from_pretrained`.
 
+    Folders that a pipeline of this package was saved in load as well.
+
     Raises ValueError, naming the bundled models, when diffusers finds nothing under that name.
     """
-    from diffusers import DiffusionPipeline
-
     folder = _bundled().get(str(model))
     if folder is not None:  # small, so without accelerate, which would warn where it is missing; quantizing needs it
         kwargs = {"use_safetensors": True, "low_cpu_mem_usage": "quantization_config" in kwargs, **kwargs}
     try:
-        return DiffusionPipeline.from_pretrained(str(folder or model), **kwargs)
+        return _pipeline_class(Path(folder or model)).from_pretrained(str(folder or model), **kwargs)
     except OSError as error:
         raise ValueError(
             f"no model {str(model)!r}: neither bundled ({', '.join(_bundled())}), nor a folder, nor to be had from the "
             f"Hub: {error}"
         ) from error
+
+
+def _pipeline_class(folder: Path) -> Any:
+    """What loads `folder`: a class of this package, if it was saved by one (diffusers finds its own alone)."""
+    from diffusers import DiffusionPipeline
+
+    try:
+        name = json.loads((folder / "model_index.json").read_text(encoding="utf-8")).get("_class_name")
+    except (OSError, ValueError, AttributeError):
+        return DiffusionPipeline  # a Hub id, or a folder that diffusers says what is wrong with
+    if name == "UnconditionalPipeline":
+        from iec.pipeline.unconditional import UnconditionalPipeline
+
+        return UnconditionalPipeline
+    if name == "ClassConditionalLatentPipeline":
+        from iec.pipeline.conditional import ClassConditionalLatentPipeline
+
+        return ClassConditionalLatentPipeline
+    return DiffusionPipeline

@@ -186,10 +186,11 @@ def test_targets_must_be_of_the_same_seeds(tmp_path: Path, network: FeatureExtra
     found = statistics_of_source(ours, network, targets={"fine": theirs}, batch_size=4)
     assert found.scores["mse_fine"].tolist() == [0] * 6
     (tmp_path / "theirs" / "000002.png").rename(tmp_path / "theirs" / "000009.png")
+    moved = open_source(tmp_path / "theirs")
     with pytest.raises(
         ValueError, match=r"000003\.png is paired with .*000002\.png; both folders must hold the same seeds"
     ):
-        statistics_of_source(ours, network, targets={"fine": theirs}, batch_size=4)
+        statistics_of_source(ours, network, targets={"fine": moved}, batch_size=4)
     for more in (pictures(7), pictures(9)):  # in the last batch, and in one beyond it
         with pytest.raises(ValueError, match="target 'fine' holds more images"):
             statistics_of_source(
@@ -253,6 +254,26 @@ def test_references_of_images_and_of_kept_statistics(tmp_path: Path, network: Fe
     np.savez(tmp_path / "big.npz", np.zeros((2, 5, 5, 1), np.uint8))
     with pytest.raises(ValueError, match=r"big\.npz, image 0 and what follows: expected 4 x 4 pixels"):
         open_reference(str(tmp_path / "big.npz"), network)
+
+
+def test_statistics_of_reference_images_are_kept_while_the_files_are_the_same(tmp_path: Path) -> None:
+    network, folder, keep, done = Flat(), tmp_path / "real", tmp_path / "kept", []
+    save_each(pictures(6), folder, range(6))
+
+    def opened(**options: Any) -> ReferenceSet:
+        done.clear()
+        return open_reference(str(folder), network, keep=keep, progress=done.append, **options)
+
+    first = opened()
+    assert done == [6]
+    again = opened()
+    assert done == [] and torch.equal(again.moments.scatter, first.moments.scatter) and again.name == first.name
+    assert opened(limit=5).count == 5 and done == [5]
+    save_each(255 - pictures(1), folder, [3])
+    changed = opened()
+    assert done == [6] and not torch.equal(changed.moments.mean, first.moments.mean)
+    open_reference(str(folder), Flat("other"), keep=keep, progress=done.append)
+    assert done == [6, 6]
 
 
 def test_published_statistics(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def evaluate_statistics(
 
     fid, sfid, kid, precision and recall need a `reference` of the same network; the paired ones a score in `statistics`
     (rmse_fine: "mse_fine"). Intervals are about the images alone: the reference is taken as it is. `draws` of 0 gives no
-    intervals, which saves time: each draw of a Fréchet distance on 2048 features takes seconds.
+    intervals.
 
     Raises ValueError for an unknown metric, a missing reference or score, another network, or too few images.
     """

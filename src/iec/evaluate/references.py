@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from iec.artifact import fingerprint
 from iec.evaluate.gathering import statistics_of_source
 from iec.evaluate.metrics import Moments
 from iec.evaluate.networks import FeatureExtractor, identity
@@ -57,12 +59,14 @@ def open_reference(
     limit: int | None = None,
     crop: int | None = None,
     batch_size: int = 50,
+    keep: str | os.PathLike[str] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> ReferenceSet:
     """The reference set that `spec` names (see the head of this module), on `network`.
 
-    `limit` and `crop` concern images alone: how many, and see `open_source`. `progress(done)` is called for each batch of
-    them.
+    The rest concerns images alone. `limit`: how many of them; `crop`: see `open_source`; `keep`: a folder in which their
+    statistics are kept, and found the next time, as long as the files have the same sizes and times; `progress(done)` is
+    called for each batch.
 
     Raises ValueError for an unknown name, a damaged file or image (which is named), or statistics of another network.
     """
@@ -75,8 +79,25 @@ def open_reference(
     if file.suffix == ".npz" and (tables := _published(file)) is not None:
         return _from_published(file, tables, network)
     source = open_source(spec, crop=crop)
-    made = statistics_of_source(source, network, paired=(), limit=limit, batch_size=batch_size, progress=progress)
+    kept = None
+    if keep is not None:
+        kept = Path(keep) / f"{_stamp(spec, identity(network), limit, crop, batch_size)}.safetensors"
+    if kept is not None and kept.is_file():
+        made = Statistics.load(kept, identity(network))
+    else:
+        made = statistics_of_source(source, network, paired=(), limit=limit, batch_size=batch_size, progress=progress)
+        if kept is not None:
+            made.save(kept)
     return ReferenceSet.of(made, Path(spec).name or spec)
+
+
+def _stamp(spec: str, *options: Any) -> str:
+    """16 hex digits that change with the options and with any file of `spec`, told by its size and time."""
+    head = spec if Path(spec).exists() or ":" not in spec else spec.rpartition(":")[0]  # FOLDER:SPLIT
+    root = Path(head)
+    files = sorted(path for path in root.rglob("*") if path.is_file()) if root.is_dir() else [root] * root.is_file()
+    states = [[path.relative_to(root).as_posix(), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+    return fingerprint.plain([str(root.resolve()) if files else spec, spec[len(head) :], *options, states])[:16]
 
 
 def _bundled(spec: str, network: FeatureExtractor) -> ReferenceSet | None:

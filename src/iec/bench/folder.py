@@ -24,7 +24,7 @@ from iec.artifact.calibration import Calibration
 from iec.artifact.files import write_json
 from iec.bench.cells import CalibrationCell, Cell, FigureCell
 from iec.bench.recipe import Recipe
-from iec.bench.store import Lines
+from iec.bench.store import Lines, room
 from iec.evaluate.shards import MANIFEST, ShardSet
 from iec.evaluate.statistics import Statistics, merged
 
@@ -41,7 +41,8 @@ class RunFolder:
 
     def describe(self, about: Mapping[str, Any]) -> None:
         """Write run.json."""
-        write_json(self.root / RUN, about)
+        with room(self.root / RUN):
+            write_json(self.root / RUN, about)
 
     def model(self) -> Path:
         """Where the stand-in is."""
@@ -99,6 +100,12 @@ class RunFolder:
         parts = [Statistics.load(self.statistics_file(cell, key, start)) for start, _ in self.wanted(cell)]
         return merged(parts).first(cell.num)
 
+    def keep_statistics(self, cell: Cell, key: str, start: int, statistics: Statistics) -> None:
+        """Write what a shard leaves behind."""
+        file = self.statistics_file(cell, key, start)
+        with room(file):
+            statistics.save(file)
+
     def lacks_statistics(self, cell: Cell, key: str, start: int, count: int) -> bool:
         """Whether those of a shard are still to be made; damaged ones, and of a shard that has grown, are."""
         file = self.statistics_file(cell, key, start)
@@ -133,7 +140,7 @@ class RunFolder:
 def keep_folder(folder: Path, files: Mapping[str, bytes]) -> None:
     """Write `files` into a new `folder`, which is there with all of them or not at all; one that is there is replaced."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+    with room(folder), tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
         inner = Path(temporary) / "made"
         for name, data in files.items():
             path = inner / name

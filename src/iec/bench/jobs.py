@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from iec.bench.cells import CalibrationCell, Cell, FigureCell, Plan
+from iec.bench.controls import loading
 from iec.bench.folder import RunFolder
 from iec.bench.measure import Measuring
 from iec.bench.recipe import Recipe
@@ -71,20 +72,14 @@ class Jobs:
     def _add(self, job: Job) -> None:
         self.by_key[job.task.key] = job
 
-    def _loading(self) -> dict[str, Any]:
-        """How the pipeline is loaded."""
-        given = {"variant": self.model.variant, "revision": self.model.revision}
-        options = {**{key: value for key, value in given.items() if value is not None}, **self.model.options}
-        return {"model": self.model.name, "options": options, "dtype": self.model.dtype}
-
     def _shipped(self) -> tuple[dict[str, Any], tuple[Path, ...]]:
         """How a worker loads the pipeline and where, and the folder that it is sent, if it has not the same disk."""
-        loading = {**self._loading(), "device": self.recipe.run.device}
+        how = {**loading(self.model), "device": self.recipe.run.device}
         if self.ship and Path(self.model.name).is_dir():
-            return {**loading, "model": None}, (Path(self.model.name),)
-        return loading, ()
+            return {**how, "model": None}, (Path(self.model.name),)
+        return how, ()
 
-    def _calibration(self, hash: str | None) -> tuple[Path | None, tuple[str, ...]]:
+    def calibration(self, hash: str | None) -> tuple[Path | None, tuple[str, ...]]:
         """Where a calibration is or will be, and the task that makes it first."""
         if hash is None:
             return None, ()
@@ -102,9 +97,9 @@ class Jobs:
         if given.conditions is not None:
             conditions = self.recipe.conditions_of(run.seed, given.conditions)
             numbers = list(range(given.num_samples))
-        loading, files = self._shipped()
+        how, files = self._shipped()
         arguments = {
-            **loading,
+            **how,
             "arm": named(wanted.arm),
             "samples": {name: getattr(given, name) for name in ("num_samples", "seed", "batch_size")},
             "conditions": conditions.of(numbers),
@@ -116,11 +111,11 @@ class Jobs:
         missing = self.folder.missing(cell)
         if not missing:
             return
-        calibration, after = self._calibration(cell.calibration)
+        calibration, after = self.calibration(cell.calibration)
         run = self.recipe.run
         sampling = Sampling(
             cell.arm,
-            **self._loading(),
+            **loading(self.model),
             batch_size=run.batch_size,
             conditions=self.conditions,
             device=run.device,
@@ -153,14 +148,14 @@ class Jobs:
     def _figure(self, figure: FigureCell) -> None:
         if self.folder.has_figure(figure):
             return
-        calibration, after = self._calibration(figure.calibration)
-        loading, files = self._shipped()
+        calibration, after = self.calibration(figure.calibration)
+        how, files = self._shipped()
         study = {key: value for key, value in figure.options.items() if key in STUDY}
         inner = {key: value for key, value in figure.options.items() if key not in STUDY}
         seed = study.setdefault("seed", self.recipe.run.seed)
         numbers = range(seed - self.recipe.run.seed, seed - self.recipe.run.seed + study.setdefault("num", 16))
         arguments = {
-            **loading,
+            **how,
             "arm": named(figure.arm),
             "kind": figure.kind,
             "conditions": self.conditions.of(numbers),

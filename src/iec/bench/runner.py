@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,10 @@ from typing import Any
 import torch
 
 from iec.artifact import fingerprint
+from iec.artifact.calibration import Calibration
 from iec.bench.board import Board, Standing
-from iec.bench.cells import Cell, plan
+from iec.bench.cells import Cell, Plan, plan
+from iec.bench.controls import entries, needs_refresh
 from iec.bench.folder import RunFolder
 from iec.bench.identity import model_identity
 from iec.bench.jobs import Job, Jobs
@@ -27,6 +29,7 @@ from iec.bench.recipe import Entry, Recipe
 from iec.bench.report import Report, report
 from iec.bench.specs import ModelSpec
 from iec.bench.store import held
+from iec.evaluate.arms import Arm
 from iec.evaluate.held import HELD
 from iec.evaluate.machine import machine, versions
 from iec.evaluate.statistics import Statistics
@@ -93,6 +96,7 @@ class _Run:
         self.recipe, self.root, self.workers, self.board = recipe, root, workers, board
         self.failed: dict[str, str] = {}
         self.folder = RunFolder(root, recipe)
+        self.measuring: Any = None
 
     def prepare(self, command: Sequence[str]) -> None:
         """All that is decided before the first task: the model, the cells, run.json, what is left to do."""
@@ -100,11 +104,11 @@ class _Run:
         _sweep(self.root)
         self.model = self._model()
         identity = model_identity(self.model)
-        self.plan = plan(recipe, identity, calibrations(self.model.name), self._controls())
-        self.measuring = Measuring(recipe, self.plan, self.folder)
+        bundled = calibrations(self.model.name)
+        first = plan(recipe, identity, bundled)
+        self.plan = plan(recipe, identity, bundled, self._controls(first))
+        self.jobs = self._jobs()
         self.folder.describe(self._about(identity, command))
-        ship = self.workers.ray not in (None, "local")
-        self.jobs = Jobs(recipe, self.plan, self.folder, self.measuring, self.model, ship)
         missing = {(job.cell.hash, job.start) for job in self._of("shard") if job.cell is not None}
         present = {(c.hash, start) for c in self.plan.cells.values() for start, _ in self.folder.wanted(c)} - missing
         self.folder.tidy_timings(present)
@@ -140,13 +144,33 @@ class _Run:
             marker.write_text(about, encoding="utf-8")
         return replace(self.recipe.model, name=str(folder), revision=None, variant=None)
 
-    def _controls(self) -> tuple[Entry, ...]:
-        """The arms of equal cost, if they are wanted."""
+    def _controls(self, first: Plan) -> tuple[Entry, ...]:
+        """The arms of equal cost, if they are wanted. Calibrations on which costs depend are made before."""
         if not self.recipe.controls.enabled:
             return ()
-        from iec.bench.controls import entries
+        needed = [row for row in first.rows if needs_refresh(row.entry.arm)]
+        self.plan = first
+        self.jobs = self._jobs()
+        paths = {row.entry.arm.name: self.jobs.calibration(first.cells[row.cell].calibration) for row in needed}
+        keys = {key for _, after in paths.values() for key in after}
+        self._run([job.task for key, job in self.jobs.by_key.items() if key in keys])
 
-        return entries(self.recipe, self.model)
+        def refresh(arm: Arm) -> Iterable[int]:
+            path, after = paths[arm.name]
+            if path is None or any(self._called(key) in self.failed for key in after):
+                raise ValueError("its calibration failed")
+            cache = Calibration.load(path).cache
+            assert cache is not None
+            return cache.refresh
+
+        return entries(self.recipe, self.model, refresh, self.board.told)
+
+    def _jobs(self) -> Jobs:
+        ship = self.workers.ray not in (None, "local")
+        if self.measuring is None:
+            self.measuring = Measuring(self.recipe, self.plan, self.folder)
+        self.measuring.plan = self.plan
+        return Jobs(self.recipe, self.plan, self.folder, self.measuring, self.model, ship)
 
     def _about(self, identity: str, command: Sequence[str]) -> dict[str, Any]:
         """What run.json says."""
@@ -185,10 +209,16 @@ class _Run:
         """Run the tasks, and measure what can be measured."""
         for cell in self.plan.cells.values():
             self._measure(cell)
+        self._run(self.jobs.tasks)
+        for cell in self.plan.cells.values():
+            if cell.hash not in self.measured:
+                self._lost(cell)
+
+    def _run(self, tasks: list[Task]) -> None:
         threads = self.recipe.run.threads
         try:
             run_tasks(
-                self.jobs.tasks,
+                tasks,
                 workers=self.workers.count(threads),
                 threads=threads,
                 ray=self.workers.ray,
@@ -204,9 +234,6 @@ class _Run:
                 self._fail(self.jobs.by_key[key], f"not run, as {self._called(cause)} failed")
         finally:
             HELD.release()
-        for cell in self.plan.cells.values():
-            if cell.hash not in self.measured:
-                self._lost(cell)
 
     def _started(self, task: Task) -> None:
         job = self.jobs.by_key[task.key]
@@ -252,7 +279,7 @@ class _Run:
         features = {name: torch.from_numpy(value) for name, value in result["features"].items()}
         scores = {name: torch.from_numpy(value) for name, value in result["scores"].items()}
         statistics = Statistics(result["name"], seeds, **features, scores=scores)
-        statistics.save(self.folder.statistics_file(cell, self.measuring.key(cell), job.start))
+        self.folder.keep_statistics(cell, self.measuring.key(cell), job.start, statistics)
         self.left[cell.hash] -= 1
         if self.left[cell.hash] == 0:
             for other in self.plan.cells.values():

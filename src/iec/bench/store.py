@@ -43,6 +43,10 @@ class Lines:
 
     def append(self, value: dict[str, Any]) -> None:
         """Write one object, and return when it is on the disk. Raises RuntimeError for a full disk; no half line is left."""
+        with room(self.path):
+            self._append(value)
+
+    def _append(self, value: dict[str, Any]) -> None:
         line = json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False).encode() + b"\n"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "ab", buffering=0) as file:
@@ -52,12 +56,10 @@ class Lines:
                 if written != len(line):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 os.fsync(file.fileno())
-            except OSError as error:
+            except OSError:
                 with contextlib.suppress(OSError):
                     file.truncate(begun)
-                raise RuntimeError(
-                    f"{self.path} cannot be written: {error.strerror}; make room and start again, what was done is kept"
-                ) from error
+                raise
         self.values.append(value)
 
     def keep(self, wanted: Callable[[dict[str, Any]], bool], aside: Path | None = None) -> int:
@@ -72,6 +74,20 @@ class Lines:
             kept = "".join(json.dumps(v, sort_keys=True, ensure_ascii=False) + "\n" for v in self.values)
             write_text(self.path, kept)
         return len(dropped)
+
+
+@contextlib.contextmanager
+def room(path: Path) -> Iterator[None]:
+    """Say what a full disk means while `path` is written: RuntimeError, all that was done is kept."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise RuntimeError(
+            f"the disk is full, {path} was not written; what was done before is kept. Make room and give the same command "
+            "again: it goes on there"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -1,0 +1,363 @@
+"""The bench: the same lines whoever works, however often it is killed; and what happens when something is wrong."""
+
+from __future__ import annotations
+
+import errno
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+from typer.testing import CliRunner
+
+from iec.bench import runner
+from iec.bench.board import Board
+from iec.bench.recipe import Recipe, recipe_of
+from iec.bench.runner import Outcome, Workers, bench
+from iec.cli.app import app
+
+ARMS = (
+    {"name": "DDIM", "group": "full precision"},
+    {"name": "DDIM + IEC", "group": "full precision", "steps": "all"},
+    {"name": "DeepCache + IEC", "group": "caches", "cache": "deepcache:2", "steps": "refresh", "paper": {"fid": 3.9}},
+    {"name": "W8A8", "group": "W8A8", "quant": "w8a8"},
+)
+METRICS = ["fid", "kid", "is", "rmse_fine", "rmse_full", "psnr_full"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    down, up = ("DownBlock2D",) * 2, ("UpBlock2D",) * 2
+    unet = UNet2DModel(8, 1, 1, block_out_channels=(8, 8), down_block_types=down, up_block_types=up, norm_num_groups=4)
+    folder = tmp_path_factory.mktemp("model")
+    pipe = DDIMPipeline(unet.eval(), DDIMScheduler(clip_sample=False, timestep_spacing="trailing"))
+    pipe.save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def table(model: Path, *arms: dict[str, Any], **tables: Any) -> dict[str, Any]:
+    return {
+        "format": "iec-bench",
+        "version": 1,
+        "title": "A test",
+        "model": {"name": str(model)},
+        "run": {"num": 5, "shard": 2, "batch_size": 2, "num_inference_steps": 3, "device": "cpu"},
+        "calibration": {"num_samples": 2, "batch_size": 2},
+        "references": {"fine": {"num_inference_steps": 6, "num": 3}},
+        "metrics": {"network": "fashion-mnist", "names": METRICS, "draws": 10},
+        "arm": list(arms or ARMS),
+        **tables,
+    }
+
+
+def recipe(model: Path, *arms: dict[str, Any], **tables: Any) -> Recipe:
+    return recipe_of(table(model, *arms, **tables), "test")
+
+
+def lines(folder: Path, file: str = "results.jsonl") -> list[dict[str, Any]]:
+    path = folder / file
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def content(folder: Path) -> set[str]:
+    """The results whatever their order."""
+    return set((folder / "results.jsonl").read_text(encoding="utf-8").splitlines())
+
+
+@pytest.fixture(scope="module")
+def finished(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome, float]:
+    """A run that nothing happened to: its folder, what it did, its seconds."""
+    folder = tmp_path_factory.mktemp("bench") / "finished"
+    begun = time.perf_counter()
+    outcome = bench(recipe(model), folder, workers=Workers(0), command=["iec", "bench", "test"])
+    return folder, outcome, time.perf_counter() - begun
+
+
+def test_a_run_leaves_results_times_and_a_report(finished: tuple[Path, Outcome, float]) -> None:
+    folder, outcome, _ = finished
+    assert not outcome.failed and not outcome.report.run.missing
+    by_name = {line["name"]: line for line in lines(folder)}
+    assert set(by_name) == {"fine: DPMSolverMultistep, 6 steps", "deepcache:2, 3 steps", *(arm["name"] for arm in ARMS)}
+    plain, corrected, cached = (by_name[name] for name in ("DDIM", "DDIM + IEC", "DeepCache + IEC"))
+    assert (plain["whole"], plain["reused"], plain["evaluations"]) == (3, 0, 3)
+    assert (corrected["whole"], corrected["reused"], corrected["num"]) == (6, 0, 5)
+    assert (cached["whole"], cached["reused"], cached["paper"]) == (4, 1, {"fid": 3.9})
+    assert corrected["baseline"] == corrected["full"] == plain["cell"]
+    assert set(corrected["metrics"]) == set(METRICS) == set(cached["differences"][cached["baseline"]])
+    assert set(plain["metrics"]) == {"fid", "kid", "is", "rmse_fine"}  # it is its own full precision
+    assert by_name["fine: DPMSolverMultistep, 6 steps"]["num"] == 3
+    quantized = by_name["W8A8"]
+    assert quantized["kernel"] and quantized["weights"] < plain["weights"] and plain["kernel"] is None
+    difference = corrected["differences"][plain["cell"]]["fid"]
+    assert difference["value"] == pytest.approx(corrected["metrics"]["fid"]["value"] - plain["metrics"]["fid"]["value"])
+    assert plain["network"].startswith("fashion-mnist@")
+    times = lines(folder, "timings.jsonl")
+    assert sorted((line["cell"], line["start"]) for line in times) == sorted(
+        (line["cell"], start) for line in lines(folder) for start in range(0, line["num"], 2)
+    )
+    assert all(line["seconds"] > 0 and line["peak_memory"] > 0 and line["threads"] == 1 for line in times)
+    about = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    assert about["command"] == ["iec", "bench", "test"] and about["recipe"]["run"]["num"] == 5
+    assert recipe_of(about["recipe"], "again").entries == recipe_of(table(Path()), "test").entries
+    assert {row["cell"] for row in about["cells"]} == {line["cell"] for line in lines(folder)}
+    assert "DeepCache + IEC" in (folder / "report.md").read_text(encoding="utf-8")
+    assert (folder / "report.html").is_file()
+
+
+def test_metrics_are_those_of_the_images(finished: tuple[Path, Outcome, float]) -> None:
+    folder = finished[0]
+    by_name = {line["name"]: line for line in lines(folder)}
+
+    def images(cell: str, count: int) -> np.ndarray:
+        shards = [np.load(file)["images"] for file in sorted((folder / "cells" / cell).glob("shard-*.npz"))]
+        return np.concatenate(shards)[:count].astype(float) / 255
+
+    line = by_name["DDIM + IEC"]
+    for target, count in (("full", 5), ("fine", 3)):
+        errors = np.square(images(line["cell"], count) - images(line[target], count)).mean((1, 2, 3))
+        assert line["metrics"][f"rmse_{target}"]["value"] == pytest.approx(np.sqrt(errors.mean()))
+
+
+def test_what_is_done_is_not_done_again(
+    model: Path, finished: tuple[Path, Outcome, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(finished[0], tmp_path / "copy")
+
+    def none(tasks: list[Any], **_: Any) -> None:
+        assert tasks == []
+
+    monkeypatch.setattr(runner, "run_tasks", none)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.jsonl")}
+    assert not bench(recipe(model), folder, workers=Workers(0)).failed
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*.jsonl")}
+
+
+def test_another_arm_and_more_images_go_on_from_what_is_there(
+    model: Path, finished: tuple[Path, Outcome, float], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(finished[0], tmp_path / "copy")
+    arms = (*ARMS[:3], {"name": "new", "group": "caches", "cache": "deepcache:3"})
+    longer = recipe(model, *arms, run={**table(model)["run"], "num": 8})
+    told: list[str] = []
+    assert not bench(longer, folder, workers=Workers(0), board=Board(told=told.append)).failed
+    by_name = {line["name"]: line for line in lines(folder)}
+    assert by_name["DDIM"]["num"] == 8 and by_name["new"]["whole"] == 1 and "W8A8" not in by_name
+    assert told == [
+        "5 results of other options were moved to results-earlier.jsonl"
+    ]  # the fine solution's are as before
+    assert len(lines(folder, "results-earlier.jsonl")) == 5
+    # Of the first two shards no image is made again.
+    old, new = (lines(where, "timings.jsonl") for where in (finished[0], folder))
+    kept = [line for line in old if line["cell"] == by_name["DDIM"]["cell"] and line["start"] < 4]
+    assert kept and all(line in new for line in kept)
+    fresh = tmp_path / "fresh"
+    bench(longer, fresh, workers=Workers(0))
+    assert content(fresh) == content(folder)
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_the_number_of_workers_makes_no_difference(
+    model: Path, finished: tuple[Path, Outcome, float], tmp_path: Path, workers: int
+) -> None:
+    assert not bench(recipe(model), tmp_path / "many", workers=Workers(workers)).failed
+    assert content(tmp_path / "many") == content(finished[0])
+    assert {line["workers"] for line in lines(tmp_path / "many", "timings.jsonl")} == {workers}
+
+
+def _child(given: dict[str, Any], folder: Path, workers: int) -> None:
+    bench(recipe_of(given, "test"), folder, workers=Workers(workers))
+
+
+def _killed(given: dict[str, Any], folder: Path, workers: int, after: float) -> int | None:
+    """Run the bench in a process of its own and kill it some seconds after its folder has a run.json; its exit code."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["iec.bench.runner", "iec.cli.app"])
+    process = context.Process(target=_child, args=(given, folder, workers))
+    process.start()
+    while not (folder / "run.json").exists() and process.is_alive():
+        time.sleep(0.01)
+    process.join(after)
+    if process.is_alive():
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    return process.exitcode
+
+
+def test_killed_at_random_moments_it_ends_with_the_same_results(
+    model: Path, finished: tuple[Path, Outcome, float], tmp_path: Path
+) -> None:
+    seed = time.time_ns()
+    chance = random.Random(seed)
+    folder, kills = tmp_path / "killed", 0
+    for _ in range(12):
+        code = _killed(table(model), folder, 0, chance.uniform(0.0, 0.5 * finished[2]))
+        assert code in (0, -signal.SIGKILL), f"random moments of seed {seed}"
+        kills += code != 0
+        if code == 0:
+            break
+    assert not bench(recipe(model), folder, workers=Workers(0)).failed
+    assert content(folder) == content(finished[0]), f"random moments of seed {seed}, killed {kills} times"
+    assert len(lines(folder)) == len(lines(finished[0]))
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_killed_with_workers_it_ends_with_the_same_results(
+    model: Path, finished: tuple[Path, Outcome, float], tmp_path: Path, workers: int
+) -> None:
+    seed = time.time_ns()
+    folder = tmp_path / "killed"
+    code = _killed(table(model), folder, workers, 2 + random.Random(seed).uniform(0.0, 2 * finished[2]))
+    assert code in (0, -signal.SIGKILL)
+    assert not bench(recipe(model), folder, workers=Workers(0)).failed
+    assert content(folder) == content(finished[0]), f"random moment of seed {seed}"
+
+
+def test_damaged_files_are_made_again(model: Path, finished: tuple[Path, Outcome, float], tmp_path: Path) -> None:
+    folder = shutil.copytree(finished[0], tmp_path / "copy")
+    shard = sorted(folder.glob("cells/*/shard-*.npz"))[3]
+    shard.write_bytes(shard.read_bytes()[:100])
+    statistics = sorted(folder.glob("cells/*/statistics-*/*.safetensors"))[5]
+    statistics.write_bytes(b"")
+    (only,) = folder.glob("calibrations/*")
+    next(only.glob("*.safetensors")).write_bytes(b"")
+    (folder / "results.jsonl").write_bytes((folder / "results.jsonl").read_bytes()[:-20])
+    for file in folder.glob(f"cells/{lines(folder, 'timings.jsonl')[0]['cell']}/shard-00000002.npz"):
+        file.unlink()
+    with pytest.warns(RuntimeWarning, match="damaged shard .* made again"):
+        assert not bench(recipe(model), folder, workers=Workers(0)).failed
+    assert content(folder) == content(finished[0])
+    assert len(lines(folder, "timings.jsonl")) == len(lines(finished[0], "timings.jsonl"))
+
+
+def test_an_arm_that_fails_does_not_stop_the_others(
+    model: Path, finished: tuple[Path, Outcome, float], tmp_path: Path
+) -> None:
+    broken = {"name": "broken", "scheduler": "EulerDiscreteScheduler", "eta": 0.5}  # Euler takes no eta
+    board = Board()
+    outcome = bench(recipe(model, *ARMS, broken), tmp_path / "run", workers=Workers(0), board=board)
+    assert set(outcome.failed) == {"broken", "full precision, 3 steps (Euler), η 0.5"}
+    assert "eta" in outcome.failed["broken"]
+    assert content(tmp_path / "run") >= content(finished[0])
+    assert outcome.report.run.missing == ("full precision, 3 steps (Euler), η 0.5", "broken")
+    states = {standing.name: standing.state for standing in board.standings.values()}
+    assert states.pop("broken") == "failed" and states.pop("full precision, 3 steps (Euler), η 0.5") == "failed"
+    assert set(states.values()) == {"done"}
+
+
+def test_images_that_are_no_numbers_are_told_by_their_seeds(model: Path, tmp_path: Path) -> None:
+    pipe = DDIMPipeline.from_pretrained(model)
+    torch.nn.init.constant_(pipe.unet.conv_out.weight, float("nan"))
+    pipe.save_pretrained(tmp_path / "nan", safe_serialization=True)
+    outcome = bench(recipe(tmp_path / "nan", ARMS[0]), tmp_path / "run", workers=Workers(0))
+    assert "images of seeds [0, 1] hold NaN or infinity" in outcome.failed["DDIM"]
+    assert not lines(tmp_path / "run") and not list((tmp_path / "run").glob("cells/*/shard-*"))
+
+
+@pytest.mark.parametrize("writes", [3, 8, 14])
+def test_a_full_disk_is_told_and_what_was_done_is_kept(
+    model: Path, finished: tuple[Path, Outcome, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writes: int
+) -> None:
+    real, count = os.fsync, 0
+
+    def fsync(handle: int) -> None:
+        nonlocal count
+        count += 1
+        if count > writes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(handle)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", fsync)
+        with pytest.raises(RuntimeError, match="the disk is full"):
+            bench(recipe(model), tmp_path / "run", workers=Workers(0))
+    assert not bench(recipe(model), tmp_path / "run", workers=Workers(0)).failed
+    assert content(tmp_path / "run") == content(finished[0])
+
+
+def test_controls_stand_beside_the_arms_that_they_are_equal_to(model: Path, tmp_path: Path) -> None:
+    arms = ({"name": "IEC", "group": "a", "steps": "first:1", "cache": "cachequant:2"},)
+    extra = {"controls": {"enabled": True, "scales": [0.9]}, "metrics": {"names": ["rmse_full"]}, "references": {}}
+    run = {**table(model)["run"], "num": 2, "num_inference_steps": 4}
+    outcome = bench(recipe(model, *arms, run=run, **extra), tmp_path, workers=Workers(0))
+    assert not outcome.failed
+    found = {line["name"]: line for line in lines(tmp_path)}
+    assert (
+        "Heun" in " ".join(found)
+        and "UniPC" in " ".join(found)
+        and any(line["arm"].get("scale") for line in found.values())
+    )
+    full = next(line["cell"] for line in found.values() if line["arm"] == {"num_inference_steps": 4})
+    controls = [line for line in found.values() if line["kind"] == "control"]
+    assert len(controls) >= 10 and {line["group"] for line in controls} == {"a"}
+    assert {line["full"] for line in controls} <= {full, None}
+
+
+@pytest.mark.parametrize(
+    ("tables", "told"),
+    [
+        ({"metrics": {"names": ["fid"]}}, "fid needs metrics.network"),
+        ({"metrics": {"names": ["fid"], "network": "no-such"}}, "unknown feature network 'no-such'"),
+        ({"metrics": {"names": ["no_such"]}}, "unknown metric 'no_such'"),
+        ({"metrics": {"names": ["clip"]}}, r"give conditions\.prompt"),
+        ({"model": {"name": "no-such"}}, "no model 'no-such'"),
+        ({"conditions": {"prompt": {"file": "no-such.txt"}}}, "no-such.txt cannot be read"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_run_is_told_before_anything_is(
+    model: Path, tmp_path: Path, tables: dict[str, Any], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=told):
+        bench(recipe(model, **tables), tmp_path / "run", workers=Workers(0))
+    assert not (tmp_path / "run" / "cells").exists()
+
+
+def written(model: Path, folder: Path, *arms: dict[str, Any]) -> Path:
+    def value(given: Any) -> str:
+        if isinstance(given, dict):
+            return "{ " + ", ".join(f"{key} = {value(inner)}" for key, inner in given.items()) + " }"
+        return json.dumps(given)
+
+    held = table(model, *arms, quick={"run": {"num": 2}})
+    lists = {"arm": held.pop("arm")}
+    text = "".join(f"{key} = {value(inner)}\n" for key, inner in held.items())
+    for name, entries in lists.items():
+        text += "".join(f"[[{name}]]\n" + "".join(f"{k} = {value(v)}\n" for k, v in e.items()) for e in entries)
+    path = folder / "some.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_the_command(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = written(model, tmp_path, ARMS[0], ARMS[1])
+    result = CliRunner().invoke(app, ["bench", str(path), "--quick", "--workers", "0"])
+    assert result.exit_code == 0, result.output
+    assert "DDIM + IEC: done, 6 evaluations" in result.stderr and "3 of 3 done" in result.stderr
+    assert result.stdout.splitlines()[-1] == "out/bench/some-quick/report.html"
+    again = CliRunner().invoke(app, ["bench", str(path), "--num", "2", "--workers", "0", "--out", "other", "--json"])
+    assert json.loads(again.stdout)["finished"] == 3 and json.loads(again.stdout)["failed"] == {}
+    assert content(tmp_path / "other") == content(tmp_path / "out" / "bench" / "some-quick")
+
+
+def test_the_command_tells_what_failed(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = written(model, tmp_path, ARMS[0], {"name": "broken", "scheduler": "EulerDiscreteScheduler", "eta": 0.5})
+    result = CliRunner().invoke(app, ["bench", str(path), "--quick", "--workers", "0", "--out", "o"])
+    assert result.exit_code == 1
+    assert "failed: broken: " in result.stderr and "the same command tries these again" in result.stderr
+    missing = CliRunner().invoke(app, ["bench", "no-such-recipe"])
+    assert missing.exit_code == 2 and "no bench recipe 'no-such-recipe'; bundled are " in missing.stderr

@@ -19,6 +19,7 @@ from torch import Tensor
 
 Product = Callable[[Tensor], Tensor]
 EXHAUSTED = 1e-12  # a new direction smaller than this fraction of its length before orthogonalisation is rounding
+ROUNDINGS = 16  # of the dtype of the products: a residual below this fraction of the value is rounding
 LEAST = 3  # products before a value may count as settled
 
 
@@ -99,7 +100,7 @@ def largest_singular_values(
             _, best, error = latest[k]
             rounds[k] += 1
             settled = rounds[k] >= LEAST and bool((error <= tol * best.value).all())
-            if settled or not space.extend(residual):
+            if settled or rounds[k] == steps or not space.extend(residual, best.value):
                 rounds[k] = steps
     for k, (size, _, _) in enumerate(latest):
         if size < len(space.basis):  # the basis has grown for the others since
@@ -158,8 +159,11 @@ class _Space:
         """(B, n) float64 in the shape and dtype of the start."""
         return flat.reshape(self.start.shape).to(self.start.dtype)
 
-    def extend(self, vector: Tensor) -> bool:
-        """Add the direction of `vector` (B, n), orthogonalised, and its image; False when there is nothing new in it."""
+    def extend(self, vector: Tensor, scale: Tensor | float = 0.0) -> bool:
+        """Add the direction of `vector` (B, n), orthogonalised, and its image; False when there is nothing new in it.
+
+        What is but rounding of something of size `scale`, (B,), is nothing.
+        """
         length = torch.linalg.vector_norm(vector, dim=1, keepdim=True)
         new = vector / length.clamp(min=torch.finfo(torch.float64).tiny)
         if self.basis:
@@ -167,7 +171,8 @@ class _Space:
             for _ in range(2):  # once leaves rounding of the size of what was taken away
                 new = new - (held.transpose(1, 2) @ (held @ new[..., None]))[..., 0]
         rest = torch.linalg.vector_norm(new, dim=1, keepdim=True)
-        alive = (rest > EXHAUSTED) & (length > 0)
+        least = ROUNDINGS * torch.finfo(self.start.dtype).eps * torch.as_tensor(scale, dtype=torch.float64)
+        alive = (rest > EXHAUSTED) & (length > least.to(length.device).reshape(-1, 1))
         if len(self.basis) >= self.size or not bool(alive.any()):
             return False
         new = torch.where(alive, new / rest.clamp(min=EXHAUSTED), torch.zeros_like(new))

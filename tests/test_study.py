@@ -354,3 +354,15 @@ def test_kinds_that_cannot_be_are_refused(tmp_path: Path) -> None:
             analyse(bent(), num=1, **arguments)
     with pytest.raises(ValueError, match="no study here"):
         Study.load(tmp_path)
+
+
+def test_refresh_steps_of_a_cache_are_meant_for_both_models() -> None:
+    full, efficient = iec_tiny(), iec_tiny()
+    iec.cache(efficient, DeepCache(interval=3))
+    refreshed = {"steps": "refresh", "relax": (0.5,)}
+    rows = errors(full, efficient, [1], 6, 1, correction=refreshed)
+    same = errors(full, efficient, [1], 6, 1, correction={"steps": (0, 3), "relax": (0.5,)})
+    assert rows == same
+    ideal = [row["rms"] for row in of(rows, model="full", error="local")]
+    assert [value > 0 for value in ideal] == [step in (0, 3) for step in range(6)]
+    assert growth(full, [1], 6, 1, efficient=efficient, after=(1,), correction=refreshed)

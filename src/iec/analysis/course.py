@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from iec.pipeline.adapters import denoisers
 from iec.pipeline.batches import batches
 from iec.pipeline.installation import installed
 from iec.pipeline.session import Session, enable
+from iec.plan import resolve
 
 Progress = Callable[[str, int, int], None]
 Correction = Mapping[str, Any]  # arguments of `iec.enable`, such as {"steps": "all", "relax": (0.5,)}
@@ -96,6 +98,29 @@ def follow(
 def beside(course: Course) -> Callable[[int, Tensor], Tensor]:
     """A `change` that keeps a run on `course`: every step begins at its state, whatever the one before has made."""
     return lambda step, y: course.states[step].to(y)
+
+
+def everywhere(correction: Correction | None, pipes: Iterable[Any], num_inference_steps: int) -> Correction | None:
+    """`correction` with the steps spelled out, where one of `pipes` has a cache of ours, so that all are corrected at the steps
+    that are meant there ("refresh" among them)."""
+    for pipe in pipes:
+        held = installed(pipe)
+        if correction is not None and held is not None and held.state.refresh is not None:
+            count = _length(held.state.inner, num_inference_steps)
+            steps = correction.get("steps")
+            plan = resolve("refresh" if steps is None else steps, count, held.state.refresh(count))
+            return {**correction, "steps": plan.steps}
+    return correction
+
+
+def _length(scheduler: Any, num_inference_steps: int) -> int:
+    """The length of the scheduler's list, which is not always the number asked for (Heun, PNDM)."""
+    scheduler = copy.deepcopy(scheduler)
+    try:
+        scheduler.set_timesteps(num_inference_steps)
+    except (TypeError, ValueError):  # schedules that depend on the picture's size are as long as asked for
+        return num_inference_steps
+    return len(scheduler.timesteps)
 
 
 def check_plain(pipe: Any) -> None:

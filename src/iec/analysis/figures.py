@@ -150,39 +150,38 @@ def _growth(figure: Any, rows: Sequence[Row]) -> None:
 
 
 def _split(figure: Any, rows: Sequence[Row]) -> None:
-    axes = _panel(figure, (1, 2, 1), "Errors at two inputs: how far they agree", "correlation c of e(x) and e(x′)")
-    _line(axes, _where(rows, point="estimate"), "correlation", "x′ = x⁰, IEC's estimate", CORRECTED)
-    own = _where(rows, point="random", nominal=None)
-    _line(axes, own, "correlation", "as far as x⁰, in a random direction", PLAIN)
-    for number, nominal in enumerate(sorted({row["nominal"] for row in rows if row["nominal"] is not None})):
-        colour = SERIES[(number + 2) % len(SERIES)]
-        label = f"random, ‖x′−x‖ = {nominal:g} ‖x‖"
-        _line(
-            axes, _where(rows, nominal=nominal), "correlation", label, colour, sem=False, linewidth=1.0, linestyle="--"
-        )
-    axes.set_ylim(min(-0.05, *(row["correlation"] for row in rows)), 1.05)
-    axes.axhline(0, color=INK, linewidth=0.8)
-    _legend(axes)
-    axes = _panel(figure, (1, 2, 2), "Square error that averaging e(x), e(x′) leaves", "share of ‖e(x)‖²")
-    _line(axes, _where(rows, point="estimate"), "kept", "x′ = x⁰, IEC's estimate", CORRECTED)
-    _line(axes, own, "kept", "as far as x⁰, in a random direction", PLAIN)
-    axes.axhline(1, color=INK, linewidth=0.8)
-    axes.axhline(0.5, color=INK, linewidth=0.8, linestyle=":", label="nothing shared")
-    axes.set_ylim(bottom=0)
-    _legend(axes)
+    values = {
+        "correlation_median": "correlation c: median, quartiles",
+        "kept_median": "share of ‖e(x)‖²: median, quartiles",
+    }
+    titles = ("Errors at x and x′: how far they agree", "Square error that averaging e(x), e(x′) leaves")
+    for place, (value, label) in enumerate(values.items()):
+        axes = _panel(figure, (1, 2, place + 1), titles[place], label)
+        _line(axes, _where(rows, point="estimate"), value, "x′ = x⁰, IEC's estimate", CORRECTED)
+        own = _where(rows, point="random", nominal=None)
+        _line(axes, own, value, "as far as x⁰, in a random direction", PLAIN)
+        for number, nominal in enumerate(sorted({row["nominal"] for row in rows if row["nominal"] is not None})):
+            colour, thin = SERIES[(number + 2) % len(SERIES)], {"linewidth": 1.0, "linestyle": "--", "marker": ""}
+            _line(
+                axes, _where(rows, nominal=nominal), value, f"random, {nominal:g} ‖x‖ away", colour, sem=False, **thin
+            )
+        axes.axhline(1, color=INK, linewidth=0.8)
+        axes.axhline(0.5 * place, color=INK, linewidth=0.8, linestyle=":")  # nothing in common
+        axes.set_ylim(min(-0.05, *(row[value] for row in rows)), 1.1 if place == 0 else None)
+        _legend(axes)
 
 
 def _residuals(figure: Any, rows: Sequence[Row]) -> None:
     contracting = any(row["contraction"] is not None for row in rows)
-    axes = _panel(figure, (1, 1 + contracting, 1), "Residuals of the corrections", "‖y′ − y‖ / ‖y‖")
-    second = _panel(figure, (1, 2, 2), "Residual over the one before", "ratio") if contracting else None
+    axes = _panel(figure, (1, 1 + contracting, 1), "Residuals of the corrections", "‖y′ − y‖ / ‖y‖: median, quartiles")
+    second = _panel(figure, (1, 2, 2), "Residual over the one before", "ratio: geometric mean") if contracting else None
     for model, correction in dict.fromkeys((row["model"], row["correction"]) for row in rows):
         of, style = _where(rows, model=model, correction=correction), {"linestyle": "--" if model == "full" else "-"}
         colour = SERIES[(correction - 1) % len(SERIES)]
-        _line(axes, of, "residual", f"{model}, correction {correction}", colour, **style)
+        _line(axes, of, "residual_median", f"{model}, correction {correction}", colour, **style)
         if second is not None and correction > 1:
             _line(second, of, "contraction", f"{model}, correction {correction}", colour, **style)
-    _logarithmic(axes, [row["residual"] for row in rows])
+    _logarithmic(axes, [row["residual_median"] for row in rows])
     _legend(axes)
     if second is not None:
         second.axhline(1, color=INK, linewidth=0.8)

@@ -26,6 +26,7 @@ from iec.analysis.course import (
     check_pair,
     check_plain,
     check_timesteps,
+    everywhere,
     follow,
     parts,
 )
@@ -84,6 +85,7 @@ def growth(
         raise ValueError("the direction 'error' is that of an efficient model; give one, or directions=('random',)")
     if not size > 0:
         raise ValueError(f"size is {size}, expected above 0, for example 1e-2 of the sample's norm")
+    correction = everywhere(correction, [pipe] if efficient is None else [efficient], num_inference_steps)
     every = parts(pipe, seeds, num_inference_steps, batch_size, kwargs)
     modes = [None] if correction is None else [None, correction]
     found: dict[tuple[bool, str, int], list[Tensor]] = {}

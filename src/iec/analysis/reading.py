@@ -110,11 +110,14 @@ def _split(rows: Sequence[Row]) -> list[str]:
     found = totals(rows)
     own, near = found[("estimate", None)], found.get(("random", None))
     said = [
-        f"At x and at IEC's estimate the errors correlate by {own['correlation']:.2f} (mean over steps), so that averaging "
-        f"the two leaves {own['kept']:.2f} of the square error; 0.5 would be left if they had nothing in common."
+        f"The model's error is {_number(100 * own['error'])} % of its output. At x and at IEC's estimate the errors correlate by "
+        f"{own['correlation_median']:.2f} (median sample, mean over steps), so that averaging the two leaves "
+        f"{own['kept_median']:.2f} of the square error; 0.5 would be left if they had nothing in common, 1 if all."
     ]
     if near is not None:
-        said.append(f"A random point as far away gives {near['correlation']:.2f} and {near['kept']:.2f}.")
+        said.append(
+            f"A random point as far away gives {near['correlation_median']:.2f} and leaves {near['kept_median']:.2f}."
+        )
     return said
 
 
@@ -122,10 +125,10 @@ def _residuals(rows: Sequence[Row]) -> list[str]:
     said = []
     for model in dict.fromkeys(row["model"] for row in rows):
         first = _where(rows, model=model, correction=1)
-        low, high = (pick(first, key=lambda row: row["residual"]) for pick in (min, max))
+        low, high = (pick(first, key=lambda row: row["residual_median"]) for pick in (min, max))
         text = (
-            f"{model}: residuals of the first correction from {_number(low['residual'])} (step {low['step']}) to "
-            f"{_number(high['residual'])} (step {high['step']})"
+            f"{model}: residuals of the first correction from {_number(low['residual_median'])} (step {low['step']}) to "
+            f"{_number(high['residual_median'])} (step {high['step']}; medians)"
         )
         factors = [row for row in _where(rows, model=model) if row["contraction"] is not None]
         if factors:

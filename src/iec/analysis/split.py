@@ -27,10 +27,11 @@ from torch import Tensor
 
 from iec.analysis.course import Progress, check_pair, check_timesteps, parts
 from iec.analysis.recording import Step
-from iec.analysis.spread import mean, norms, roundings
+from iec.analysis.spread import mean, norms, quartiles, roundings
 
 Row = dict[str, Any]
 DISTANCES = (0.003, 0.01, 0.03, 0.1)
+TOLD = ("distance", "error", "correlation", "kept", "correlation_median", "kept_median")
 
 
 class Point(NamedTuple):
@@ -64,10 +65,11 @@ def split(
         progress: called as progress("split", steps done, steps).
 
     Returns rows: point ("estimate" or "random"), nominal (the distance asked for, None for that of x⁰), step, timestep;
-    `distance`, the mean ‖x′ − x‖/‖x‖; `error`, the mean ‖e(x)‖/‖ε(x)‖; `correlation`, the mean of c with `correlation_sem`;
-    `kept`, the mean of ‖(e(x) + e(x′))/2‖²/‖e(x)‖² with `kept_sem`: the part of the square error that averaging the two leaves
-    (1 where all is shared, ½ where nothing is and both are equally large); `num`. Samples at which the efficient model makes no
-    error (whole passes of a cache that is not quantized) are left out, and steps of such samples only.
+    `distance`, the mean ‖x′ − x‖/‖x‖; `error`, the mean ‖e(x)‖/‖ε(x)‖; `correlation`, c, and `kept`,
+    ‖(e(x) + e(x′))/2‖²/‖e(x)‖²: the part of the square error that averaging the two leaves (1 where all is shared, ½ where
+    nothing is and both are equally large); both as the mean with its standard error `…_sem`, and as the median with the quartiles
+    (`…_median`, `…_median_low`, `…_median_high`), because a few samples may be of another kind; `num`. Samples at which the
+    efficient model makes no error (whole passes of a cache that is not quantized) are left out, and steps of such samples only.
 
     Raises ValueError for a distance not above 0, a step out of range, pipelines that do not fit together (see
     `course.check_pair`); RuntimeError where the denoiser cannot be evaluated aside (see `denoising.Denoise`).
@@ -147,29 +149,26 @@ def _rows(point: Point, number: int, values: Tensor, timesteps: Sequence[float])
     values = values[:, values.isfinite().all(0)]
     if not values.shape[1]:
         return []
-    distance, error, correlation, kept = (mean(each) for each in values)
-    return [
-        {
-            "point": point.kind,
-            "nominal": point.distance,
-            "step": number,
-            "timestep": timesteps[number],
-            "distance": distance.value,
-            "error": error.value,
-            "correlation": correlation.value,
-            "correlation_sem": correlation.sem,
-            "kept": kept.value,
-            "kept_sem": kept.sem,
-            "num": values.shape[1],
-        }
-    ]
+    row: Row = {
+        "point": point.kind,
+        "nominal": point.distance,
+        "step": number,
+        "timestep": timesteps[number],
+        "distance": mean(values[0]).value,
+        "error": mean(values[1]).value,
+    }
+    for name, each in (("correlation", values[2]), ("kept", values[3])):
+        average, middle = mean(each), quartiles(each)
+        row |= {name: average.value, f"{name}_sem": average.sem, f"{name}_median": middle.value}
+        row |= {f"{name}_median_low": middle.low, f"{name}_median_high": middle.high}
+    return [{**row, "num": values.shape[1]}]
 
 
 def totals(rows: Sequence[Row]) -> dict[tuple[str, float | None], Mapping[str, float]]:
-    """Means over the steps, by point: distance, correlation, kept."""
+    """Means over the steps, by point: distance, error, correlation, kept, and of the medians of the last two."""
     points = dict.fromkeys((row["point"], row["nominal"]) for row in rows)
     found: dict[tuple[str, float | None], Mapping[str, float]] = {}
     for point in points:
         of = [row for row in rows if (row["point"], row["nominal"]) == point]
-        found[point] = {name: sum(row[name] for row in of) / len(of) for name in ("distance", "correlation", "kept")}
+        found[point] = {name: sum(row[name] for row in of) / len(of) for name in TOLD}
     return found

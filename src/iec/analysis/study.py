@@ -21,6 +21,7 @@ from iec.analysis.split import split
 from iec.analysis.trajectory import errors, residuals
 from iec.artifact import fingerprint
 from iec.artifact.files import replacing, write_json, write_text
+from iec.pipeline.caching import cached
 from iec.pipeline.installation import installed
 from iec.pipeline.origin import origin
 from iec.pipeline.session import summary
@@ -30,7 +31,7 @@ KINDS = ("spectral", "error", "growth", "split", "residuals")
 PAIRED = ("error", "split")  # these compare with an efficient model
 VERSION = 1
 SAMPLES = "spectral.samples.jsonl"  # in a study's folder: the norms of every sample
-EVERY_STEP: Correction = {"steps": "all", "relax": (0.5,)}
+RELAX = (0.5,)
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,8 @@ def analyse(
             "growth": of an injected error, beside the product of the norms if "spectral" is there too (`growth.growth`)
             "split": of the model's error into a shared and a decorrelated part (`split.split`)
             "residuals": of the corrections (`trajectory.residuals`)
-        correction: arguments of `iec.enable` for what is corrected; the default is all steps with λ = 0.5.
+        correction: arguments of `iec.enable` for what is corrected; the default is all steps, of a cache the refresh steps, with
+            λ = 0.5.
         options: further arguments of a kind's function by kind, such as {"growth": {"after": (0, 10)}}; also num and batch_size
             where a kind's are others.
         about: plain data that tells what is analysed, kept with the numbers; `title` stands over the pictures.
@@ -113,7 +115,9 @@ def analyse(
     if efficient is not None:
         check_pair(full, efficient)
     sampling = {"num": num, "seed": seed, "num_inference_steps": num_inference_steps, "batch_size": batch_size}
-    correction = EVERY_STEP if correction is None else correction
+    if correction is None:
+        planned = efficient is not None and cached(installed(efficient)) is not None
+        correction = {"steps": "refresh" if planned else "all", "relax": RELAX}
     measured = {"full": _identity(full), "efficient": None if efficient is None else _identity(efficient)}
     study = Study()
     for kind in (kind for kind in KINDS if kind in kinds):

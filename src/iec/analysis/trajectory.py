@@ -25,6 +25,7 @@ from iec.analysis.course import (
     check_pair,
     check_plain,
     check_timesteps,
+    everywhere,
     follow,
     parts,
 )
@@ -61,7 +62,8 @@ def errors(
     Args:
         full: a pipeline in full precision.
         efficient: the same model, quantized or cached, without IEC; it must have a denoiser of its own.
-        correction: arguments of `iec.enable`, such as {"steps": "all", "relax": (0.5,)}; None leaves IEC out.
+        correction: arguments of `iec.enable`, such as {"steps": "all", "relax": (0.5,)}; None leaves IEC out. The refresh steps
+            of a cache are meant for both models.
         local: also the local errors, which take as many evaluations again.
         progress: called as progress("error", batches done, batches).
         kwargs: for both pipelines; prompts and class labels may be lists with one entry per seed.
@@ -76,6 +78,7 @@ def errors(
     Raises ValueError for pipelines that cannot be compared (see `course.check_pair`), or of other timesteps.
     """
     check_pair(full, efficient)
+    correction = everywhere(correction, [efficient], num_inference_steps)
     every = parts(full, seeds, num_inference_steps, batch_size, kwargs)
     found: dict[Curve, list[tuple[Tensor, Tensor]]] = {}
     timesteps: tuple[float, ...] = ()
@@ -161,19 +164,20 @@ def residuals(
     over samples of ‖y′ − y‖ over the one before (None for the first), below 1 where it does. It is the growth of that very
     difference by the map x ↦ (1−λ)x + λ Φ(x_t, ε(x)), and so at most the norm of its derivative (Fig. 1b).
 
-    Returns rows: model, step, timestep, correction (1 … K), residual, residual_sem, contraction, contraction_low,
-    contraction_high, num.
+    Returns rows: model, step, timestep, correction (1 … K), residual with residual_sem, its median with the quartiles
+    (residual_median, …_low, …_high), contraction with contraction_low, contraction_high, and num.
 
     A correction at which the sample was frozen by `tol` has the residual that its evaluation found. Raises ValueError for a
     pipeline that is corrected already.
     """
     rows: list[Row] = []
+    same = everywhere(correction, pipes.values(), num_inference_steps)
     for done, (name, pipe) in enumerate(pipes.items()):
         check_plain(pipe)
         every = parts(pipe, seeds, num_inference_steps, batch_size, kwargs)
         courses = []
         for index, part in enumerate(every):
-            courses.append(follow(pipe, part, correction))
+            courses.append(follow(pipe, part, same))
             if progress is not None:
                 progress("residuals", done * len(every) + index + 1, len(pipes) * len(every))
         for step in sorted({step for course in courses for step in course.residuals}):
@@ -184,7 +188,7 @@ def residuals(
                 values = torch.cat([course.residuals[step][number] for course in there])
                 now, before = (torch.cat([course.changes[step][k] for course in there]) for k in (number, number - 1))
                 factor = geometric(now / before) if number and bool((before > 0).all()) else None
-                residual = mean(values)
+                residual, middle = mean(values), quartiles(values)
                 rows.append(
                     {
                         "model": name,
@@ -193,6 +197,9 @@ def residuals(
                         "correction": number + 1,
                         "residual": residual.value,
                         "residual_sem": residual.sem,
+                        "residual_median": middle.value,
+                        "residual_median_low": middle.low,
+                        "residual_median_high": middle.high,
                         "contraction": None if factor is None else factor.value,
                         "contraction_low": None if factor is None else factor.low,
                         "contraction_high": None if factor is None else factor.high,

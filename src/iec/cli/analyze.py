@@ -33,8 +33,11 @@ def analyze(
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the first; sample i has seed + i.")] = 0,
     num_inference_steps: Annotated[int, typer.Option(min=1, metavar="N", help="Steps of the scheduler.")] = 50,
     steps: Annotated[
-        str, typer.Option(metavar="PLAN", help="Steps to correct: all, ends:1/10, at:0,9, refresh, ...")
-    ] = "all",
+        str | None,
+        typer.Option(
+            metavar="PLAN", help="Steps to correct: all, ends:1/10, at:0,9, ...  [default: all; of a cache, refresh]"
+        ),
+    ] = None,
     relax: Annotated[
         str, typer.Option(metavar="LAMBDAS", help="Relaxation factors: 0.5 | 0.5,0.5,0.5 | paper")
     ] = "0.5",
@@ -66,7 +69,7 @@ def analyze(
     from iec.evaluate.sampled import equipped
     from iec.evaluate.sampling import with_scheduler
 
-    place, correction = choose_device(device), {"steps": steps, "relax": _factors(relax)}
+    place, steps = choose_device(device), steps or ("all" if cache is None else "refresh")
     iec.plan.parse(steps)  # a bad plan is told before a large model is loaded
     if steps == "none":
         raise ValueError("--steps none corrects nothing, and what corrections do is analysed; choose some")
@@ -107,7 +110,7 @@ def analyze(
             seed=seed,
             num_inference_steps=num_inference_steps,
             batch_size=batch_size,
-            correction=correction,
+            correction={"steps": steps, "relax": _factors(relax)},
             options=options,
             about={"title": title, "model": model},
             folder=out,

@@ -86,15 +86,15 @@ def test_sentences_say_what_the_numbers_say() -> None:
     ]
     said = " ".join(reading({"error": rows}))
     assert "off by 0.5 RMS (median of 9)" in said
-    assert "off by 0.4, 0.8 times that (0.79 … 0.81), so that IEC helps" in said and "itself by 0.1" in said
+    assert "off by 0.4, 0.8 times that (0.79 … 0.81): nearer to full precision" in said and "itself by 0.1" in said
     assert (
         "nearer to full precision's at 1 of 2 steps and farther at 1 (nearer until step 0, farther from step 1 on)"
         in said
     )
     rows[1] |= {"ratio": 1.2, "ratio_low": 1.1, "ratio_high": 1.3}
-    assert "so that IEC harms" in reading({"error": rows})[1]
+    assert "(1.1 … 1.3): farther from full precision" in reading({"error": rows})[1]
     rows[1] |= {"ratio_low": 0.9}
-    assert "so that nothing can be told" in reading({"error": rows})[1]
+    assert "(0.9 … 1.3): no sure difference" in reading({"error": rows})[1]
 
     def norm(quantity: str, step: int, lam: float | None, value: float) -> Any:
         return {"quantity": quantity, "step": step, "lam": lam, "norm": value}

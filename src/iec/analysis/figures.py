@@ -131,7 +131,10 @@ def _error(figure: Any, rows: Sequence[Row]) -> None:
 
 def _growth(figure: Any, rows: Sequence[Row]) -> None:
     directions = list(dict.fromkeys(row["direction"] for row in rows))
-    titles = {"random": "Injected in a random direction", "error": "Injected along the model's own error"}
+    titles = {
+        "random": "Full precision, hit in a random direction",
+        "error": "Full precision, hit along the efficient model's error",
+    }
     for place, direction in enumerate(directions):
         axes = _panel(figure, (1, len(directions), place + 1), titles[direction], "growth since the injection")
         of = _where(rows, direction=direction)
@@ -189,16 +192,18 @@ def _residuals(figure: Any, rows: Sequence[Row]) -> None:
 
 
 def _spectral(figure: Any, rows: Sequence[Row]) -> None:
+    rows = [{**row, "norm_low": row["least"], "norm_high": row["most"]} for row in rows]
     growths, contractions = _where(rows, quantity="growth"), _where(rows, quantity="contraction")
     panels = bool(growths) + bool(contractions)
     if growths:
-        axes = _panel(figure, (1, panels, 1), "Growth of an error in a step", "‖A + B J‖")
-        _line(axes, growths, "norm", "largest factor, mean over samples", PLAIN)
+        axes = _panel(
+            figure, (1, panels, 1), "Full precision: growth of an error in a step", "‖A + B J‖: mean, least, most"
+        )
+        _line(axes, growths, "norm", "", PLAIN)
         axes.axhline(1, color=INK, linewidth=0.8)
         _logarithmic(axes, [row["norm"] for row in growths])
-        _legend(axes)
     if contractions:
-        axes = _panel(figure, (1, panels, panels), "Contraction of a correction", "‖(1−λ) I + λ B J‖")
+        axes = _panel(figure, (1, panels, panels), "Full precision: contraction of a correction", "‖(1−λ) I + λ B J‖")
         for number, lam in enumerate(sorted({row["lam"] for row in contractions})):
             _line(axes, _where(contractions, lam=lam), "norm", f"λ = {lam:g}", SERIES[number % len(SERIES)])
         axes.axhline(1, color=INK, linewidth=0.8)

@@ -34,11 +34,11 @@ def _spectral(rows: Sequence[Row]) -> list[str]:
     if growths:
         top = max(growths, key=lambda row: row["norm"])
         above = sum(row["norm"] > 1 for row in growths)
-        product = math.prod(row["norm"] for row in growths)
-        said.append(
-            f"‖A + BJ‖ is above 1 at {above} of {len(growths)} steps, largest at step {top['step']} "
-            f"({_number(top['norm'])}); the product over the steps, which bounds the growth of an error, is {_number(product)}."
-        )
+        text = f"‖A + BJ‖ is above 1 at {above} of {len(growths)} steps, largest at step {top['step']} ({_number(top['norm'])})"
+        if sorted(row["step"] for row in growths) == list(range(len(growths))):
+            product = math.prod(row["norm"] for row in growths)
+            text += f"; the product over the steps, which bounds the growth of an error, is {_number(product)}"
+        said.append(f"{text}.")
     factors = sorted({row["lam"] for row in rows if row["quantity"] == "contraction"})
     good = [lam for lam in factors if all(row["norm"] < 1 for row in _where(rows, quantity="contraction", lam=lam))]
     if factors:
@@ -63,11 +63,15 @@ def _error(rows: Sequence[Row]) -> list[str]:
     with_iec, moved = corrected[0], _where(rows, error="accumulated", model="full", step=last)[0]
     ratio, low, high = with_iec["ratio"], with_iec["ratio_low"], with_iec["ratio_high"]
     sure = low is not None and not low <= 1 <= high
-    verdict = "so that nothing can be told" if not sure else "so that IEC helps" if ratio < 1 else "so that IEC harms"
-    compared = "" if ratio is None else f", {_number(ratio)} times that{_interval(low, high)}, {verdict}"
+    verdict = (
+        "no sure difference" if not sure else "nearer to full precision" if ratio < 1 else "farther from full precision"
+    )
+    compared = "" if ratio is None else f", {_number(ratio)} times that{_interval(low, high)}: {verdict}"
+    ideal = _where(rows, error="accumulated", against="full + IEC", step=last)
+    beside = f"; from full precision with IEC it is off by {_number(ideal[0]['median'])}" if ideal else ""
     said.append(
         f"With IEC it is off by {_number(with_iec['median'])}{compared}. IEC moves full precision itself by "
-        f"{_number(moved['median'])}."
+        f"{_number(moved['median'])}{beside}."
     )
     local = _where(rows, error="local", corrected=True, against="full", model="efficient")
     if local:

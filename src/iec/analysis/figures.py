@@ -144,7 +144,8 @@ def _growth(figure: Any, rows: Sequence[Row]) -> None:
             _line(axes, _where(of, after=after, corrected=True), "growth", "", colour, linestyle="--")
             bound = [row for row in _where(of, after=after, corrected=False) if row.get("bound") is not None]
             _line(axes, bound, "bound", "", colour, linestyle=":", linewidth=1.0, marker="")
-        _logarithmic(axes, [row[key] for row in of for key in ("growth", "bound") if row.get(key)])
+        ends = [row[key] for row in of for key in ("growth", "growth_low", "growth_high", "bound") if row.get(key)]
+        _logarithmic(axes, ends)
         axes.axhline(1, color=INK, linewidth=0.8)
         axes.plot([], [], color=INK, linestyle="--", label="with IEC")
         if any(row.get("bound") is not None for row in of):

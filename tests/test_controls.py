@@ -157,7 +157,7 @@ def test_every_way_is_there_on_the_efficient_model_and_on_full_precision(name: s
         own = None if corrected.eta else "EulerDiscreteScheduler"
         others = ("HeunDiscreteScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler")
         assert solvers == {own, *others}
-        assert {each.probe for each in some if each.steps is not None} == {"start:1", "next"}
+        assert {each.probe for each in some if each.steps is not None} == {"start:0.1", "start:1", "next"}
         assert {each.scale for each in some} == {1.0, *SCALES}
         assert {each.relax for each in some if each.steps is not None} == {corrected.relax}
 
@@ -170,6 +170,7 @@ def test_the_numbers_of_an_example() -> None:
         "30 steps (Heun)",
         "60 steps (DPMSolverMultistep)",
         "60 steps (UniPCMultistep)",
+        "50 steps + averaging at x_t, ρ 0.1, ends:1/10",
         "50 steps + averaging at x_t, ρ 1, ends:1/10",
         "50 steps + IEC at t − 1, ends:1/10",
     ]
@@ -198,17 +199,18 @@ def test_other_schedulers() -> None:
     assert [each.name for each in flow] == [
         "60 steps",
         "30 steps (FlowMatchHeun)",
+        "50 steps + averaging at x_t, ρ 0.1, ends:1/10",
         "50 steps + averaging at x_t, ρ 1, ends:1/10",
         "50 steps + IEC at t − 1, ends:1/10",
     ]
     edm = controls(arm(), diffusers.EDMEulerScheduler())
     assert [each.name for each in edm][:2] == ["60 steps", "60 steps (EDMDPMSolverMultistep)"]
     velocity = controls(arm(), DDIMScheduler(prediction_type="v_prediction"))
-    assert len(velocity) == 6 and all(each.scale == 1 for each in velocity)
+    assert len(velocity) == 7 and all(each.scale == 1 for each in velocity)
     own = controls(arm(scheduler="DPMSolverMultistepScheduler", scheduler_options={"use_karras_sigmas": True}), DDIM)
     names = [each.name for each in own]
     assert names[0] == "60 steps (DPMSolverMultistep, use_karras_sigmas=True)"
-    assert names[1] == "30 steps (Heun, use_karras_sigmas=True)" and len(names) == 8
+    assert names[1] == "30 steps (Heun, use_karras_sigmas=True)" and len(names) == 9
 
 
 def test_what_cannot_be_equalled_is_told() -> None:

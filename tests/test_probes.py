@@ -204,6 +204,18 @@ def test_next_by_half_is_heuns_method_on_eulers_solver(spacing: str) -> None:
     assert deviation(found, by_itself) > 1e-2
 
 
+def test_next_by_half_is_heuns_method_on_ddim() -> None:
+    """DDIM's step is Euler's in other coordinates, where diffusers takes it right: T divides 1000."""
+    config = {"beta_start": 0.0001, "beta_end": 0.02, "timestep_spacing": "trailing"}
+    ddim = Spec("", "DDIMScheduler", {**config, "clip_sample": False}, steps=20, generator=True)
+    heun = Spec("", "HeunDiscreteScheduler", config, steps=20)
+    expected, one = go(heun, HeunDiscreteScheduler(**config))
+    made = DDIMScheduler(**config, clip_sample=False)
+    found, other = go(ddim, IECScheduler(made, steps="all", relax=(0.5,), probe="next"))
+    assert other.times == one.times
+    assert deviation(found, expected) < 1e-3 < 1e-1 * deviation(go(ddim, made)[0], expected)
+
+
 def test_the_list_of_next() -> None:
     made = IECScheduler(EulerDiscreteScheduler(timestep_spacing="trailing"), steps="at:0,2,4", probe="next")
     made.set_timesteps(5)

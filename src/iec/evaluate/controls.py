@@ -16,7 +16,8 @@ from iec.evaluate.cost import passes
 
 SCALES = (0.99, 0.995, 1.005)  # of the output; below 1 it takes noise prediction back, as against exposure bias
 ROUNDING = 1e-9
-PROBES = ("start:1", "next")
+# As far as IEC's own displacement, and so near that the noise level of the sample is not left.
+PROBES = ("start:0.1", "start:1", "next")
 EULER, HEUN = "EulerDiscreteScheduler", "HeunDiscreteScheduler"
 MULTISTEP = ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler")
 WITHOUT_CACHE = "ends:1/10"  # the plan of full precision where the arm's own is about the steps of its cache
@@ -34,9 +35,10 @@ def controls(
     """The arms of equal cost for a corrected `arm`, first on its efficient model, then on full precision.
 
     Of each there are: more steps of the same solver, Heun, DPM-Solver++(2M), UniPC; the corrections of `arm` evaluated at x_t
-    again (displaced in a random direction as far as IEC's) and at the next timestep; and, for nothing, the output times each of
-    `scales`. Full precision beside a cached arm has the steps that the cost allows, and corrects ends:1/10 where the plan is
-    about refresh steps. What the solvers of a model that predicts no noise, velocity or image are not made for is left out.
+    again (displaced in a random direction, as far as IEC's and a tenth of it) and at the next timestep; and, for nothing, the
+    output times each of `scales`. Full precision beside a cached arm has the steps that the cost allows, and corrects ends:1/10
+    where the plan is about refresh steps. What the solvers of a model that predicts no noise, velocity or image are not made
+    for is left out.
 
     Args:
         arm: a corrected arm.

@@ -1,4 +1,5 @@
-"""ε-scaling: the denoiser's output times a factor, which costs nothing (Ning et al., ICLR 2024: exposure bias by a factor).
+"""ε-scaling: the denoiser's output times a factor, which costs nothing (Ning et al., Elucidating the Exposure Bias in
+Diffusion Models, ICLR 2024).
 
 A denoiser with an error sees, along its own trajectory, samples that it was not trained on, and predicts too much noise for
 them; a factor a little below one takes some of it back. As no evaluation is spent, it is what a correction must be compared with.

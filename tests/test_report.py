@@ -103,7 +103,7 @@ def test_a_difference_whose_interval_holds_zero_is_not_told(tmp_path: Path) -> N
     (line,) = findings(run, run.groups()["cached"], ["fid"])
     assert "FID not to be told apart (−0.4 [−1.2, 0.3])" in line
     assert "worse in 1, not to be told apart in 1 of 2 arms" in headlines(run, ["fid"])[0]
-    table = quality(run, run.groups()["cached"], "fid")
+    table = quality(run, members(run, run.groups()["cached"]), "fid")
     row = next(row for row in table.rows if row.kind == "corrected")
     assert [cell.tone for cell in row.cells[4:6]] == ["", "worse"]
 
@@ -242,3 +242,39 @@ def test_the_command(folder: Path) -> None:
     assert done.exit_code == 0 and "report.html" in done.stdout and "FID is worse in 2 of 2" in done.stdout
     done = CliRunner().invoke(app, ["report", str(folder / "cells")])
     assert done.exit_code == 2 and "is no folder of a bench" in done.stderr
+
+
+def test_many_controls_have_a_table_of_their_own(tmp_path: Path) -> None:
+    found = benchfolder.lines()
+    many = [{**found[6], "cell": f"{index:016x}", "name": f"control {index}"} for index in range(9)]
+    for line in many:
+        line["cell"] = "9" + line["cell"][1:]
+    found = [*found[:6], *many]
+    benchfolder.write(tmp_path, found, images=2, cells=benchfolder.planned(found))
+    section = report(tmp_path).sections[1]
+    assert section.controls is not None
+    kinds = [[row.kind for row in table.rows] for table in (section.table, section.controls)]
+    assert kinds == [["reference", "plain", "corrected"], ["control"] * 9]
+    assert section.controls.rows[0].cells[0].text == "4", "rows are numbered as in the drawing"
+    assert len(section.strips) == 3
+    assert "As many evaluations, otherwise spent" in (tmp_path / "report.md").read_text()
+
+
+def test_images_and_figures_of_the_recipe(tmp_path: Path) -> None:
+    wanted = [
+        {"kind": "images", "title": "Two ways", "arms": ["W8A8 + IEC all", "W8A8", "not there"]},
+        {"kind": "error", "title": "Error along the trajectory"},
+    ]
+    recipe = {**benchfolder.RUN["recipe"], "figure": wanted}
+    benchfolder.write(tmp_path, images=3, recipe=recipe, stand_in="ddpm-cifar10")
+    drawn = tmp_path / "figures" / "Error along the trajectory"
+    drawn.mkdir(parents=True)
+    Image.new("RGB", (8, 8), "red").save(drawn / "error.png")
+    made = report(tmp_path)
+    ((title, rows),) = made.rows
+    assert title == "Two ways" and [row.name for row in rows] == ["W8A8 + IEC all", "W8A8"]
+    assert not any(section.strips for section in made.sections), "the recipe says what is to be shown"
+    text, page = made.markdown.read_text(), made.html.read_text()
+    assert "](figures/Error%20along%20the%20trajectory/error.png)" in text and "](report-files/images1.png)" in text
+    assert page.count("data:image/png;base64,") == 3
+    assert "a random stand-in" in text and "a random stand-in" in page

@@ -27,6 +27,7 @@ def facts(run: Run) -> Facts:
     """Read them from run.json and the results; what is not there is left out."""
     recipe = run.about.get("recipe", {})
     options, model = recipe.get("run", {}), recipe.get("model", {})
+    stand_in = run.about.get("stand_in")
     title = run.about.get("title") or recipe.get("title") or run.folder.name
     paper = recipe.get("paper")
     counts = sorted({entry.num for entry in run.entries})
@@ -38,7 +39,7 @@ def facts(run: Run) -> Facts:
         summary += f". After {paper} of the paper"
     rows = [
         ("command", f"`{_command(run.about['command'])}`" if run.about.get("command") else ""),
-        ("model", _named(model)),
+        ("model", f"{stand_in}, a small random stand-in for {model.get('name')}" if stand_in else _named(model)),
         ("seeds", _seeds(options, counts)),
         ("conditions", _pairs(recipe.get("conditions"))),
         ("batches", _pairs({key: options[key] for key in ("batch_size", "shard") if key in options})),
@@ -58,6 +59,10 @@ def remarks(run: Run) -> list[str]:
     """How the numbers are to be read."""
     entries = run.entries
     lines = []
+    if run.about.get("stand_in"):
+        lines.append(
+            "The model is a random stand-in: the run shows that the recipe works, and its numbers say nothing of quality."
+        )
     if any(e.low is not None for entry in entries for e in entry.metrics.values()):
         lines.append(
             "Brackets are 95 % intervals of a bootstrap over seeds. All arms use the same resamples, so the differences are "
@@ -89,7 +94,8 @@ def remarks(run: Run) -> list[str]:
     lines += [f"8-bit layers were computed by {_KERNELS[k]}." for k in _KERNELS if any(e.kernel == k for e in entries)]
     if any(entry.kind == "control" for entry in entries):
         lines.append("Controls (italic or green) spend about as many evaluations on something other than IEC.")
-    return [*lines, *run.notes]
+    left_out = [f"{entry.name}: {note}." for entry in entries for note in entry.notes]
+    return [*lines, *dict.fromkeys(left_out), *run.notes]
 
 
 def _command(command: Any) -> str:

@@ -126,9 +126,7 @@ def _price(entry: Result, baseline: Result) -> str:
 def _rival(entry: Result, shown: Sequence[Result], metric: str) -> Result | None:
     """The best by `metric` of the uncorrected arms that cost no more than `entry`."""
     rivals = [
-        other
-        for other in shown
-        if other.kind in ("plain", "control") and metric in other.metrics and no_dearer(other, entry)
+        other for other in shown if other.kind != "corrected" and metric in other.metrics and no_dearer(other, entry)
     ]
     best = min if quantity(metric).lower else max
     return best(rivals, key=lambda other: other.metrics[metric].value) if rivals and metric in entry.metrics else None

@@ -55,16 +55,23 @@ def first_images(cell: Path, count: int = COLUMNS) -> Tensor | None:
     return None
 
 
+def rows_of_images(run: Run) -> list[tuple[str, list[Strip]]]:
+    """The pictures of images that the recipe asks for: title, and the rows that are there."""
+    found = []
+    for one in run.about.get("recipe", {}).get("figure", []):
+        if one.get("kind") == "images":
+            named = {entry.name: entry for entry in run.entries}
+            wanted = [named[name] for name in one.get("arms") or named if name in named]
+            found.append((one.get("title") or "Images", strips(run, wanted)))
+    return [(title, rows) for title, rows in found if rows]
+
+
 def figures(run: Run) -> list[Picture]:
-    """The PNGs of the analysis, in the order of their names, titled by the recipe where it has a title for them."""
+    """The PNGs of the analysis, in the order of their names: the folder of each is its title."""
+    root = run.folder / FIGURES
     return [
-        Picture(path, _title(path.relative_to(run.folder / FIGURES)))
-        for path in sorted((run.folder / FIGURES).rglob("*.png"))
+        Picture(path, path.parent.name if path.parent != root else path.stem) for path in sorted(root.rglob("*.png"))
     ]
-
-
-def _title(path: Path) -> str:
-    return " · ".join(part.replace("-", " ").replace("_", " ") for part in path.with_suffix("").parts)
 
 
 def _facts(result: Result) -> str:

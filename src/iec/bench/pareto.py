@@ -13,6 +13,7 @@ from iec.bench.results import Estimate, Result
 COLOURS = {"reference": "#5b6472", "plain": "#2b6cb0", "corrected": "#c05621", "control": "#2f855a"}
 WIDTH, HEIGHT = 500, 330
 LEFT, RIGHT, TOP, BOTTOM = 66, 14, 12, 48
+CROWDED = 14  # points beyond which controls that something beats have no number
 WIDE = 12  # ratio of the largest to the smallest cost beyond which the axis is logarithmic
 
 
@@ -115,6 +116,8 @@ def svg(drawn: Chart) -> str:
         inside = colour if point.best else "#ffffff"
         parts.append(f'<circle cx="{px}" cy="{py}" r="4.5" fill="{inside}" stroke="{colour}" stroke-width="2"/></g>')
     for (point, _, _), (tx, ty) in zip(placed, _labels([(px, py) for _, px, py in placed]), strict=True):
+        if len(placed) > CROWDED and point.kind == "control" and not point.best:
+            continue
         colour = COLOURS.get(point.kind, "#1a202c")
         parts.append(f'<text x="{tx}" y="{ty}" text-anchor="middle" fill="{colour}">{point.number}</text>')
     return "\n".join([*parts, "</svg>"])

@@ -94,9 +94,9 @@ def quantity(name: str) -> Quantity:
     return Quantity(f"{label} to {_TARGETS.get(matched[2], matched[2])}", lower, unit=unit, scale=scale)
 
 
-def passes(whole: int, reused: int) -> str:
+def passes(whole: float, reused: float) -> str:
     """Denoiser passes for each image: whole ones, and those that reuse cached features."""
-    return f"{whole} + {reused}r" if reused else f"{whole}"
+    return f"{whole:g} + {reused:g}r" if reused else f"{whole:g}"
 
 
 def seconds(value: float) -> str:

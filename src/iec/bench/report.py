@@ -9,17 +9,19 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from iec.artifact.files import replacing, write_text
+from iec.bench.cells import REFERENCES
 from iec.bench.document import Facts, facts, remarks
 from iec.bench.findings import findings, headlines
-from iec.bench.gallery import Picture, figures, strips
+from iec.bench.gallery import Picture, figures, rows_of_images, strips
 from iec.bench.pareto import COLOURS, Chart, chart, svg
 from iec.bench.pictures import Strip, sheet, strip
-from iec.bench.quantities import Quantity, quantity
 from iec.bench.results import Result, Run, load_run
 from iec.bench.tables import Table, further, members, names, quality
 
+MANY = 6  # controls beyond which they have a table of their own
 FILES = "report-files"  # beside report.md: the drawings that it shows
 
 
@@ -28,8 +30,8 @@ class Section:
     """What the report says of one group of arms."""
 
     title: str
-    metric: Quantity
     table: Table
+    controls: Table | None
     further: Table | None
     charts: tuple[Chart, ...]
     findings: tuple[str, ...]
@@ -38,13 +40,15 @@ class Section:
 
 @dataclass(frozen=True)
 class Report:
-    """Where the report is, and the same for programs: `run` as it was read, the sentences in `summary`."""
+    """Where the report is and what it says: `run` as it was read, sentences on all arms, a section for each group, and the titled
+    `rows` of images that the recipe asks for."""
 
     markdown: Path
     html: Path
     run: Run
     headlines: tuple[str, ...]
     sections: tuple[Section, ...]
+    rows: tuple[tuple[str, list[Strip]], ...] = ()
 
     def plain(self) -> dict[str, Any]:
         """Plain data: what is there, what is missing, the sentences and the paths."""
@@ -66,13 +70,15 @@ def report(folder: str | Path) -> Report:
     """
     run = load_run(folder)
     listed = _metrics(run)
-    sections = tuple(_section(run, title, group, listed) for title, group in run.groups().items())
+    groups = sorted(run.groups().items(), key=lambda pair: pair[0] == REFERENCES)  # stable: else as in the recipe
+    sections = tuple(_section(run, title, group, listed) for title, group in groups)
     made = Report(
         run.folder / "report.md",
         run.folder / "report.html",
         run,
         tuple(headlines(run, listed)),
         sections,
+        tuple(rows_of_images(run)),
     )
     pictures, about = figures(run), facts(run)
     write_text(made.markdown, _markdown(made, about, pictures))
@@ -89,20 +95,34 @@ def _metrics(run: Run) -> list[str]:
 
 def _section(run: Run, title: str, group: Sequence[Result], listed: Sequence[str]) -> Section:
     shown = members(run, group)
+    apart = sum(entry.kind == "control" for entry in shown) > MANY
     own = [name for name in listed if name in names(shown)]
     first, *others = own
     # A second drawing: how near the images come to those of full precision, beside what a distribution distance says.
     near = [name for name in own if name.startswith(("rmse_", "psnr_"))]
     drawn = [chart(shown, name) for name in dict.fromkeys([first, *near[:1]])]
     return Section(
-        title or run.about.get("title", "") or "Arms",
-        quantity(first),
-        quality(run, group, first),
-        further(run, group, others),
+        _titled(title, run),
+        quality(run, shown, first, (lambda entry: entry.kind != "control") if apart else lambda _: True),
+        quality(run, shown, first, lambda entry: entry.kind == "control") if apart else None,
+        further(run, shown, others),
         tuple(one for one in drawn if one is not None),
         tuple(findings(run, group, [first, *near[:2]])),
-        tuple(strips(run, shown)),
+        ()
+        if _has_pictures(run)
+        else tuple(strips(run, [entry for entry in shown if not (apart and entry.kind == "control")])),
     )
+
+
+def _titled(title: str, run: Run) -> str:
+    if title == REFERENCES:
+        return "References"
+    return title or run.about.get("title", "") or "Arms"
+
+
+def _has_pictures(run: Run) -> bool:
+    """Whether the recipe says itself which images are to be shown."""
+    return any(one.get("kind") == "images" for one in run.about.get("recipe", {}).get("figure", []))
 
 
 def _markdown(made: Report, about: Facts, pictures: Sequence[Picture]) -> str:
@@ -120,21 +140,31 @@ def _markdown(made: Report, about: Facts, pictures: Sequence[Picture]) -> str:
             name = f"{FILES}/group{number}-{index}.svg"
             write_text(run.folder / name, svg(one) + "\n")
             lines += [f"![{one.title}]({name})", ""]
+        if section.controls is not None:
+            lines += ["As many evaluations, otherwise spent:", "", section.controls.markdown(), ""]
         lines += [f"- {line}" for line in section.findings] + [""] * bool(section.findings)
         if section.further is not None:
             lines += [section.further.markdown(), ""]
         if section.strips:
-            name = f"{FILES}/group{number}-images.png"
-            with replacing(run.folder / name) as file:
-                sheet(section.strips).save(file, format="PNG", optimize=True)
-            lines += [f"![The same seeds in every row]({name})", ""]
-    if pictures:
+            lines += [_sheet(run, section.strips, f"group{number}-images", "The same seeds in every row"), ""]
+    if pictures or made.rows:
         lines += ["## Figures", ""]
+        for number, (title, found) in enumerate(made.rows, start=1):
+            lines += [_sheet(run, found, f"images{number}", title), "", f"{title}; the same seeds in every row.", ""]
         for picture in pictures:
-            lines += [f"![{picture.title}]({picture.path.relative_to(run.folder).as_posix()})", "", picture.title, ""]
+            path = quote(picture.path.relative_to(run.folder).as_posix())
+            lines += [f"![{picture.title}]({path})", "", f"{picture.title}.", ""]
     lines += ["## How to read it", "", *(f"- {line}" for line in remarks(run)), ""]
     lines += ["## How it was made", "", *(f"- {name}: {value}" for name, value in about.rows), ""]
     return "\n".join(lines)
+
+
+def _sheet(run: Run, found: Sequence[Strip], name: str, title: str) -> str:
+    """Draw rows of images into a file, and the Markdown that shows it."""
+    path = f"{FILES}/{name}.png"
+    with replacing(run.folder / path) as file:
+        sheet(found).save(file, format="PNG", optimize=True)
+    return f"![{title}]({path})"
 
 
 def _html(made: Report, about: Facts, pictures: Sequence[Picture]) -> str:

@@ -56,8 +56,12 @@ class Timing:
 
 @dataclass(frozen=True)
 class Result:
-    """One line of results.jsonl with its timing. `whole` and `reused` are denoiser passes for each image, `weights` bytes,
-    `differences` (this arm − another) by the other's cell, `paper` the values the paper reports, and `of` its model there."""
+    """One line of results.jsonl with its timing.
+
+    `baseline`, `fullest`: the cells of the same arm without correction and of full precision. `whole` and `reused` are denoiser
+    passes for each image (means, where a tolerance ends some corrections), `weights` bytes, `differences` (this arm − another)
+    by the other's cell, `paper` the values the paper reports and `of` its model there, `notes` what was left out.
+    """
 
     cell: str
     name: str
@@ -66,8 +70,8 @@ class Result:
     arm: Mapping[str, Any]
     baseline: str | None
     num: int
-    whole: int
-    reused: int
+    whole: float
+    reused: float
     weights: int
     kernel: str | None
     metrics: Mapping[str, Estimate]
@@ -76,15 +80,12 @@ class Result:
     paper: Mapping[str, float] = field(default_factory=dict)
     of: str | None = None
     timing: Timing | None = None
+    fullest: str | None = None
+    notes: tuple[str, ...] = ()
 
     @property
-    def evaluations(self) -> int:
+    def evaluations(self) -> float:
         return self.whole + self.reused
-
-    @property
-    def full_precision(self) -> bool:
-        """Whether nothing makes it cheap or corrects it."""
-        return not any(self.arm.get(key) for key in ("quant", "cache", "steps"))
 
 
 @dataclass(frozen=True)
@@ -109,11 +110,8 @@ class Run:
         return self.at(entry.baseline)
 
     def full(self, entry: Result) -> Result | None:
-        """The full-precision entry that `entry` is compared with: as it is in every way, with the same steps if possible."""
-        found = [self.at(cell) for cell in entry.differences if cell != entry.cell]
-        whole = [other for other in found if other is not None and other.full_precision]
-        same = [o for o in whole if o.arm.get("num_inference_steps") == entry.arm.get("num_inference_steps")]
-        return next(iter(same or whole), None)
+        """The full-precision entry that `entry` is compared with."""
+        return self.at(entry.fullest)
 
     def groups(self) -> dict[str, list[Result]]:
         """Entries by group, both in their order."""
@@ -228,6 +226,8 @@ def _entry(line: Mapping[str, Any], timings: Mapping[str, Timing]) -> Result:
         of=paper.pop("of", None),
         paper={name: float(value) for name, value in paper.items()},
         timing=timings.get(line["cell"]),
+        fullest=line.get("full"),
+        notes=tuple(line.get("notes") or ()),
     )
 
 

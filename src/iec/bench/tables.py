@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -47,7 +47,8 @@ class Table:
 
 
 def members(run: Run, group: Sequence[Result]) -> list[Result]:
-    """The entries to show for a group: its own, each after what it is compared with where that is in another group."""
+    """The entries to show for a group: its own, each after what it is compared with where that is in another group; references
+    stand first, controls last."""
     shown: list[Result] = []
 
     def add(entry: Result | None) -> None:
@@ -60,7 +61,8 @@ def members(run: Run, group: Sequence[Result]) -> list[Result]:
             if other is not None and other.cell not in own and all(other.cell != held.cell for held in shown):
                 add(other)
         add(entry)
-    return sorted(shown, key=lambda entry: entry.kind != "reference")  # stable: the rest keeps its order
+    places = {"reference": 0, "control": 2}
+    return sorted(shown, key=lambda entry: places.get(entry.kind, 1))  # stable: else in their order
 
 
 def names(entries: Iterable[Result]) -> list[str]:
@@ -68,9 +70,11 @@ def names(entries: Iterable[Result]) -> list[str]:
     return list(dict.fromkeys(name for entry in entries for name in entry.metrics))
 
 
-def quality(run: Run, group: Sequence[Result], metric: str) -> Table:
-    """The table of a group by one metric: the paper's value, ours, differences, passes, time, memory, weights."""
-    shown = members(run, group)
+def quality(run: Run, shown: Sequence[Result], metric: str, only: Callable[[Result], bool] = lambda _: True) -> Table:
+    """The table of the `members` of a group by one metric: the paper's value, ours, differences, passes, time, memory, weights.
+
+    Entries that are not `only`'s are left out, but count in the numbers of the rows.
+    """
     columns = _columns(run, shown, metric)
     timed = any(entry.timing for entry in shown)
     peaks = any(entry.timing and entry.timing.peak for entry in shown)
@@ -78,6 +82,8 @@ def quality(run: Run, group: Sequence[Result], metric: str) -> Table:
     heads += ["s / image"] * timed + ["peak MiB"] * peaks + ["weights MiB"]
     rows = []
     for index, entry in enumerate(shown):
+        if not only(entry):
+            continue
         cells = [Cell(str(index + 1)), Cell(entry.name), *(cells[index] for _, cells in columns)]
         cells.append(Cell(passes(entry.whole, entry.reused)))
         if timed:
@@ -88,9 +94,8 @@ def quality(run: Run, group: Sequence[Result], metric: str) -> Table:
     return Table(tuple(heads), tuple(rows))
 
 
-def further(run: Run, group: Sequence[Result], metrics: Sequence[str]) -> Table | None:
+def further(run: Run, shown: Sequence[Result], metrics: Sequence[str]) -> Table | None:
     """The table of a group's other metrics, each with its difference to the same arm without correction; None for none."""
-    shown = members(run, group)
     columns = [column for metric in metrics for column in _columns(run, shown, metric, full=False)]
     if not columns:
         return None

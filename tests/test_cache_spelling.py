@@ -9,7 +9,7 @@ import pytest
 
 from iec.caches.cachequant import CacheQuant
 from iec.caches.deepcache import DeepCache
-from iec.caches.spelling import EXAMPLES, parse
+from iec.caches.spelling import EXAMPLES, parse, spell
 
 
 @pytest.mark.parametrize(
@@ -40,6 +40,8 @@ from iec.caches.spelling import EXAMPLES, parse
 def test_what_is_meant(text: str, cache: DeepCache | CacheQuant) -> None:
     found = parse(text)
     assert type(found) is type(cache) and found == cache
+    assert parse(spell(found)) == found or "at:0, 3" in text  # which is written without spaces
+    assert spell(parse(spell(found))) == spell(found)
     if cache.window is not None:
         assert [type(edge) for edge in found.window or ()] == [type(edge) for edge in cache.window]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -83,7 +83,8 @@ class _Exact:
     def __init__(self, denoise: Callable[[Tensor], Tensor], x: Tensor) -> None:
         if x.dtype not in (torch.float32, torch.float64):
             raise RuntimeError(f"the samples are {x.dtype}, too coarse for a derivative; load the pipeline in float32")
-        with _prepared(getattr(denoise, "modules", ())), torch.enable_grad():
+        # Fused attention has no second derivative.
+        with _evaluating(denoise), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
             self.x = x.detach().clone().requires_grad_()
             self.eps = denoise(self.x)
             if not self.eps.requires_grad:
@@ -103,21 +104,20 @@ class _Exact:
 
 
 @contextlib.contextmanager
-def _prepared(modules: Sequence[Any]) -> Iterator[None]:
-    """Eval mode, parameters out of the graph, and attention of plain operations, the fused ones having no second derivative."""
-    torches = [module for module in modules if isinstance(module, nn.Module)]
-    modes = [(part, part.training) for module in torches for part in module.modules()]
-    wanting = [p for module in torches for p in module.parameters() if p.requires_grad]
+def _evaluating(denoise: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """The modules of `denoise` in eval mode, their parameters out of the graph."""
+    torches = [module for module in getattr(denoise, "modules", ()) if isinstance(module, nn.Module)]
+    training = [part for module in torches for part in module.modules() if part.training]
+    wanting = [parameter for module in torches for parameter in module.parameters() if parameter.requires_grad]
     try:
-        for part, _ in modes:
+        for part in training:
             part.training = False
         for parameter in wanting:
             parameter.requires_grad_(False)
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
+        yield
     finally:
-        for part, mode in modes:
-            part.training = mode
+        for part in training:
+            part.training = True
         for parameter in wanting:
             parameter.requires_grad_(True)
 
@@ -133,7 +133,7 @@ class _Differences:
         length = _lengths(v)
         one = torch.where(length > 0, v / length.clamp(min=torch.finfo(v.dtype).tiny), torch.zeros_like(v))
         way = (self.step * self.size * one).to(self.x)
-        with torch.no_grad():
+        with _evaluating(self.denoise), torch.no_grad():
             ahead, behind = self.denoise(self.x + way), self.denoise(self.x - way)
         # double: the difference of two nearly equal outputs
         slope = (ahead.double() - behind.double()) * (length / (2 * self.step * self.size)).double()

@@ -22,7 +22,8 @@ from iec.core.spectrum import Norms, Shift, largest_singular_values
 Row = dict[str, Any]  # plain values
 At = Literal["estimate", "sample"]
 RELAX = tuple(round(0.1 * k, 1) for k in range(1, 10))
-ITERATIONS = 20
+STILL = 1e-7  # a step with a smaller b does not move: the first ones of a quadratic schedule with equal timesteps
+ITERATIONS = 40  # most norms are done after ten; those of steps that hardly move after some thirty
 
 
 def growth_norms(
@@ -229,7 +230,7 @@ def _norms_at(
     step: Step, place: str, shifts: Sequence[Shift], iterations: int, tol: float, method: Method
 ) -> tuple[Products | None, Norms]:
     """The norms of a step's matrices with J at its sample or its first estimate."""
-    if all(shift.factor == 0.0 for shift in shifts):  # a step that stands still: nothing of J
+    if abs(step.b or 0.0) <= STILL:  # nothing of J
         values = torch.tensor([[abs(shift.identity)] * len(step.seeds) for shift in shifts], dtype=torch.float64)
         return None, Norms(values, torch.zeros_like(values), 0, 0)
     estimate = place == "estimate"

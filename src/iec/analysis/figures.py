@@ -98,7 +98,8 @@ def _error(figure: Any, rows: Sequence[Row]) -> None:
     kinds = [kind for kind in ("accumulated", "local") if _where(rows, error=kind)]
     titles = {"accumulated": "Distance from full precision", "local": "Error of the step alone"}
     for place, kind in enumerate(kinds):
-        of = _where(rows, error=kind)
+        # A logarithm has no zero; steps without any error, as the whole passes of a cache, are passed over.
+        of = [row for row in _where(rows, error=kind) if row["median"] > 0]
         axes = _panel(figure, (1, len(kinds) + 1, place + 1), titles[kind], "RMS per element: median, quartiles")
         _line(axes, _where(of, model="efficient", corrected=False), "median", "efficient", PLAIN)
         _line(

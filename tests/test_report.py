@@ -128,7 +128,8 @@ def test_higher_is_better_for_some() -> None:
     [
         ("fid", Estimate(21.23, 19.1, 23.4), "21.2 [19.1, 23.4]"),
         ("fid", Estimate(4.1876), "4.19"),
-        ("kid", Estimate(0.00728, 0.0062, 0.0083), "7.3 [6.2, 8.3]"),
+        ("kid", Estimate(0.00728, 0.0062, 0.0083), "0.0073 [0.0062, 0.0083]"),
+        ("kid", Estimate(7.28, 6.2, 8.3), "7.3 [6.2, 8.3]"),
         ("rmse_full", Estimate(0.056, 0.052, 0.06), "0.056 [0.052, 0.060]"),
         ("fid", Estimate(-0.0004), "0.00"),
         ("fid", Estimate(math.nan, math.nan, math.nan), "nan [nan, nan]"),
@@ -278,3 +279,13 @@ def test_images_and_figures_of_the_recipe(tmp_path: Path) -> None:
     assert "](figures/Error%20along%20the%20trajectory/error.png)" in text and "](report-files/images1.png)" in text
     assert page.count("data:image/png;base64,") == 3
     assert "a random stand-in" in text and "a random stand-in" in page
+
+
+def test_rows_of_fewer_images_say_so(tmp_path: Path) -> None:
+    found = benchfolder.lines()
+    found[0] = {**found[0], "num": 150, "group": "references"}
+    benchfolder.write(tmp_path, found, cells=benchfolder.planned(found))
+    made = report(tmp_path)
+    assert "DDIM, 100 steps (150 images)" in made.markdown.read_text()
+    assert "6 arms, 2,000 images each" in made.markdown.read_text(), "a reference is no arm"
+    assert [section.title for section in made.sections] == ["quantized", "cached", "References"]

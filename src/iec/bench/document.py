@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from iec.bench.cells import REFERENCES
 from iec.bench.quantities import seconds
 from iec.bench.results import Result, Run
 
@@ -30,17 +31,15 @@ def facts(run: Run) -> Facts:
     stand_in = run.about.get("stand_in")
     title = run.about.get("title") or recipe.get("title") or run.folder.name
     paper = recipe.get("paper")
-    counts = sorted({entry.num for entry in run.entries})
-    images = "–".join(f"{count:,}" for count in dict.fromkeys([counts[0], counts[-1]])) if counts else "no"
-    summary = (
-        f"{model.get('name', 'a model')}: {len(run.entries)} arms, {images} images each, the same seeds in every row"
-    )
+    arms = len({entry.cell for entry in run.entries if entry.group != REFERENCES})
+    name = stand_in or model.get("name", "a model")
+    summary = f"{name}: {arms} arms, {run.num:,} images each, the same seeds in every row"
     if paper:
         summary += f". After {paper} of the paper"
     rows = [
         ("command", f"`{_command(run.about['command'])}`" if run.about.get("command") else ""),
         ("model", f"{stand_in}, a small random stand-in for {model.get('name')}" if stand_in else _named(model)),
-        ("seeds", _seeds(options, counts)),
+        ("seeds", _seeds(options, run.num)),
         ("conditions", _pairs(recipe.get("conditions"))),
         ("batches", _pairs({key: options[key] for key in ("batch_size", "shard") if key in options})),
         ("calibration", _pairs(recipe.get("calibration"))),
@@ -107,11 +106,9 @@ def _named(model: Mapping[str, Any]) -> str:
     return f"{name} ({_pairs(rest)})" if rest else name
 
 
-def _seeds(options: Mapping[str, Any], counts: list[int]) -> str:
-    if not counts:
-        return ""
+def _seeds(options: Mapping[str, Any], num: int) -> str:
     first = int(options.get("seed", 0))
-    return f"{first} to {first + counts[-1] - 1}"
+    return f"{first} to {first + num - 1}" if num else ""
 
 
 def _pairs(values: Any) -> str:

@@ -161,14 +161,13 @@ def _horizontal(costs: Sequence[float]) -> tuple[_Axis, list[tuple[float, str]]]
 
 
 def _vertical(drawn: Chart) -> tuple[_Axis, list[tuple[float, str]]]:
-    factor = drawn.metric.factor
     values = [v for p in drawn.points for v in (p.quality.value, p.quality.low, p.quality.high) if v is not None]
     finite = [value for value in values if math.isfinite(value)]
     low, high = min(finite), max(finite)
     margin = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
     low, high = low - margin, high + margin
     axis = _Axis(low, high, HEIGHT - BOTTOM, TOP)
-    return axis, [(axis(mark / factor), f"{mark:g}") for mark in _marks(low * factor, high * factor, 6)]
+    return axis, [(axis(mark), f"{mark:g}") for mark in _marks(low, high, 6)]
 
 
 def _marks(low: float, high: float, most: int) -> list[float]:

@@ -10,28 +10,26 @@ from dataclasses import dataclass
 from iec.bench.results import Estimate
 
 _SAME_SEED = re.compile(r"(rmse|psnr|ssim|lpips)_(\w+)")
-_TARGETS = {"fine": "fine", "full": "full precision"}
+_TARGETS = {"fine": "the fine solution", "full": "full precision"}
 
 
 @dataclass(frozen=True)
 class Quantity:
-    """A metric as a reader wants it: its `label`, whether `lower` is better, the `factor` it is shown with and its `unit`.
+    """A metric as a reader wants it: its `label`, whether `lower` is better, and its `unit`.
 
     `scale` is the last digit of a value without an interval.
     """
 
     label: str
     lower: bool
-    factor: float = 1.0
     unit: str = ""
     scale: float = 0.01
 
     @property
     def head(self) -> str:
-        """The label with an arrow that says which way is better, and the factor."""
-        times = " ×10³" if self.factor == 1000 else ""
+        """The label with its unit and an arrow that says which way is better."""
         unit = f" ({self.unit})" if self.unit else ""
-        return f"{self.label}{times}{unit} {'↓' if self.lower else '↑'}"
+        return f"{self.label}{unit} {'↓' if self.lower else '↑'}"
 
     def better(self, difference: Estimate) -> int:
         """1: the difference is an improvement, −1: the opposite, 0: cannot be told."""
@@ -40,16 +38,16 @@ class Quantity:
     def digits(self, estimates: Iterable[Estimate]) -> int:
         """Decimals with which a column of estimates is written: as many as half of their middle interval fills, and no more."""
         widths = sorted(
-            (e.high - e.low) * self.factor / 2
+            (e.high - e.low) / 2
             for e in estimates
             if e.low is not None and e.high is not None and math.isfinite(e.high - e.low) and e.high > e.low
         )
         if not widths:
-            return max(0, round(-math.log10(self.scale * self.factor)))
-        return min(4, max(0, math.ceil(math.log10(3 / widths[len(widths) // 2]))))
+            return max(0, round(-math.log10(self.scale)))
+        return min(5, max(0, math.ceil(math.log10(3 / widths[len(widths) // 2]))))
 
     def number(self, value: float, digits: int) -> str:
-        return _number(value * self.factor, digits)
+        return _number(value, digits)
 
     def written(self, estimate: Estimate | None, digits: int) -> str:
         """Value and interval: "21.2 [19.1, 23.4]"; "–" for none."""
@@ -69,7 +67,7 @@ class Quantity:
 _KNOWN = {
     "fid": Quantity("FID", lower=True),
     "sfid": Quantity("sFID", lower=True),
-    "kid": Quantity("KID", lower=True, factor=1000, scale=1e-5),
+    "kid": Quantity("KID", lower=True, scale=1e-4),
     "is": Quantity("IS", lower=False),
     "precision": Quantity("precision", lower=False, scale=1e-3),
     "recall": Quantity("recall", lower=False, scale=1e-3),

@@ -101,6 +101,12 @@ class Run:
     missing: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
+    @property
+    def num(self) -> int:
+        """The number of images that most entries have."""
+        counts = [entry.num for entry in self.entries]
+        return max(counts, key=lambda num: (counts.count(num), num), default=0)
+
     def at(self, cell: str | None) -> Result | None:
         """The entry of a cell; None if it is not there (yet)."""
         return next((entry for entry in self.entries if entry.cell == cell), None)

@@ -84,7 +84,7 @@ def quality(run: Run, shown: Sequence[Result], metric: str, only: Callable[[Resu
     for index, entry in enumerate(shown):
         if not only(entry):
             continue
-        cells = [Cell(str(index + 1)), Cell(entry.name), *(cells[index] for _, cells in columns)]
+        cells = [Cell(str(index + 1)), Cell(_named(run, entry)), *(cells[index] for _, cells in columns)]
         cells.append(Cell(passes(entry.whole, entry.reused)))
         if timed:
             cells.append(Cell(_time(entry)))
@@ -101,7 +101,7 @@ def further(run: Run, shown: Sequence[Result], metrics: Sequence[str]) -> Table 
         return None
     heads = ("", "arm", *(head for head, _ in columns))
     rows = [
-        Row(entry.kind, (Cell(str(index + 1)), Cell(entry.name), *(cells[index] for _, cells in columns)))
+        Row(entry.kind, (Cell(str(index + 1)), Cell(_named(run, entry)), *(cells[index] for _, cells in columns)))
         for index, entry in enumerate(shown)
     ]
     return Table(heads, tuple(rows))
@@ -125,10 +125,14 @@ def _columns(run: Run, shown: Sequence[Result], metric: str, full: bool = True) 
         compared.append(("− full precision", [_difference(entry, run.full(entry), metric) for entry in shown]))
     for head, found in compared:
         if any(found):
-            fine = known.digits(difference for difference in found if difference is not None)
             label = head if full else f"{known.label} {head}"
-            columns.append((label, [_compared(known, difference, max(digits, fine)) for difference in found]))
+            columns.append((label, [_compared(known, difference) for difference in found]))
     return columns
+
+
+def _named(run: Run, entry: Result) -> str:
+    """The name, with the number of images where it is not that of the run: metrics of other numbers do not compare."""
+    return entry.name if entry.num == run.num else f"{entry.name} ({entry.num} images)"
 
 
 def _papers(value: float, entry: Result, named: str | None) -> str:
@@ -139,11 +143,11 @@ def _difference(entry: Result, other: Result | None, metric: str) -> Estimate | 
     return None if other is None else entry.differences.get(other.cell, {}).get(metric)
 
 
-def _compared(known: Quantity, difference: Estimate | None, digits: int) -> Cell:
+def _compared(known: Quantity, difference: Estimate | None) -> Cell:
     if difference is None:
         return Cell("–")
     tones: dict[int, Tone] = {1: "better", -1: "worse", 0: ""}
-    return Cell(known.signed(difference, digits), tones[known.better(difference)])
+    return Cell(known.signed(difference, known.digits([difference])), tones[known.better(difference)])
 
 
 def _time(entry: Result) -> str:

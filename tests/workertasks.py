@@ -97,3 +97,11 @@ def images(arguments: Arguments, files: Files) -> Arguments:
     time.sleep(arguments["seconds"])
     made = [np.random.default_rng(seed).integers(0, 256, (1, 4, 4), dtype=np.uint8) for seed in arguments["seeds"]]
     return {"images": np.stack(made)}
+
+
+def marked_shard(arguments: Arguments, files: Files) -> Any:
+    """As `iec.evaluate.scale:sample_shard`, having written into the folder `mark` who is about to do which."""
+    from iec.evaluate.scale import sample_shard
+
+    (Path(arguments["mark"]) / str(os.getpid())).write_text(arguments["key"])
+    return sample_shard(arguments, files)

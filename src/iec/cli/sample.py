@@ -84,9 +84,10 @@ def sample(
     workers: Annotated[
         int | None,
         typer.Option(
-            min=1,
+            min=0,
             metavar="N",
-            help="With --shards: processes, or Ray workers, at a time.  [default: 1; with --ray all there is room for]",
+            help="With --shards: processes, or Ray workers, at a time; 0: this process.  [default: 1; with --ray all there "
+            "is room for]",
         ),
     ] = None,
     threads: Annotated[

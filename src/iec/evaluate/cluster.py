@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import socket
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ _STORE = (
 # `run_tasks` tells by itself.
 _QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS_SKIP_REGEX": "."}
 _PACKAGES = ("iec-diffusion", "torch", "diffusers", "numpy")  # which decide what comes out
+_ABSENT = "no Ray cluster at {address!r}: {why}; start one by `ray start --head`, or use 'local'"
 
 Bundle = dict[str, bytes]  # the files of a file or folder, by path below its parent
 
@@ -30,7 +32,8 @@ Bundle = dict[str, bytes]  # the files of a file or folder, by path below its pa
 class Cluster:
     """At most `workers` tasks at a time on a Ray cluster, one for each `threads` processors; see `iec.evaluate.workers.Pool`.
 
-    Raises ImportError without Ray, RuntimeError when no cluster answers at the address or none of its machines has room.
+    Raises ImportError without Ray, ValueError for what is no address, RuntimeError when no cluster answers there or none of its
+    machines has room.
     """
 
     def __init__(self, address: str, workers: int | None, threads: int, gpus: float) -> None:
@@ -55,6 +58,7 @@ class Cluster:
         self._threads = threads
         self._running: dict[Any, str] = {}
         self._stored: dict[str, Any] = {}  # bundles in Ray's store, by digest
+        self._seen: dict[Path, tuple[object, str]] = {}  # by path: state of its files, digest
 
     def start(self, task: Task) -> None:
         request = {
@@ -70,10 +74,15 @@ class Cluster:
         )
 
     def _store(self, path: Path) -> tuple[str, Any]:
-        packed = pack(path)
-        digest = _digest(packed)
-        if digest not in self._stored:
-            self._stored[digest] = self._ray.put(packed)
+        """Digest and place of a bundle; read again only if its files have changed, as it may be a model."""
+        state = _state(path)
+        if path not in self._seen or self._seen[path][0] != state:
+            packed = pack(path)
+            digest = _digest(packed)
+            if digest not in self._stored:
+                self._stored[digest] = self._ray.put(packed)
+            self._seen[path] = (state, digest)
+        digest = self._seen[path][1]
         return digest, self._stored[digest]
 
     def wait(self) -> tuple[str, Outcome]:
@@ -95,6 +104,8 @@ class Cluster:
 
 
 def _connect(ray: Any, address: str, workers: int | None, threads: int) -> None:
+    if address not in ("local", "auto"):
+        _reach(address)
     options: dict[str, Any] = {"address": address, "logging_level": logging.ERROR, "log_to_driver": False}
     if address == "local":
         count = workers if workers is not None else max(1, (os.cpu_count() or 1) // threads)
@@ -102,9 +113,20 @@ def _connect(ray: Any, address: str, workers: int | None, threads: int) -> None:
     try:
         ray.init(**options)
     except (ConnectionError, TimeoutError, ValueError, RuntimeError) as error:
-        raise RuntimeError(
-            f"no Ray cluster at {address!r}: {_first_line(error)}; start one by `ray start --head`, or use 'local'"
-        ) from error
+        raise RuntimeError(_ABSENT.format(address=address, why=_first_line(error))) from error
+
+
+def _reach(address: str) -> None:
+    """Raise unless somebody listens there: Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal():
+        raise ValueError(
+            f"{address!r} is no address of a Ray cluster; expected local, auto, HOST:PORT or ray://HOST:PORT"
+        )
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except OSError as error:
+        raise RuntimeError(_ABSENT.format(address=address, why=error)) from error
 
 
 def _room(ray: Any, workers: int | None, threads: int, gpus: float) -> int:
@@ -139,12 +161,22 @@ def versions() -> dict[str, str]:
     return found
 
 
-def pack(path: Path) -> Bundle:
-    """A file, or all files of a folder, with their names. Raises FileNotFoundError if there is none."""
+def _files(path: Path) -> list[Path]:
+    """A file, or all files of a folder. Raises FileNotFoundError if there is none."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: there is no such file or folder to send to the workers")
-    found = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    return {file.relative_to(path.parent).as_posix(): file.read_bytes() for file in found}
+    return [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+
+
+def _state(path: Path) -> object:
+    """What changes when files do."""
+    found = [(file, file.stat()) for file in _files(path)]
+    return [(file, of.st_ino, of.st_size, of.st_mtime_ns) for file, of in found]
+
+
+def pack(path: Path) -> Bundle:
+    """Names and contents of a file, or of all files of a folder. Raises FileNotFoundError if there is none."""
+    return {file.relative_to(path.parent).as_posix(): file.read_bytes() for file in _files(path)}
 
 
 def _digest(packed: Bundle) -> str:

@@ -49,7 +49,10 @@ class Sampling:
             model: what tells one model from another, as a hash of its weights.
             threads: of each worker, by which sums may be rounded differently.
             calibration: the folder of one, if the arm needs it.
+
+        Raises ValueError when it needs one and there is none.
         """
+        self._check(calibration)
         return {
             "model": model,
             "options": self.options,
@@ -59,7 +62,7 @@ class Sampling:
             "batch_size": self.batch_size,
             "threads": threads,
             "device": self.device.partition(":")[0],
-            "calibration": None if calibration is None else calibration_digest(calibration),
+            "calibration": calibration_digest(calibration) if calibration is not None and self.arm.calibrated else None,
             "kernel": self.kernel if self.arm.quant is not None else None,
         }
 
@@ -83,8 +86,7 @@ class Sampling:
 
         Raises ValueError when conditions have fewer values than images, or the arm needs a calibration and there is none.
         """
-        if self.arm.calibrated and calibration is None:
-            raise ValueError(f"{self.arm.name!r} is quantized, or cached by CacheQuant, so it needs a calibration")
+        self._check(calibration)
         files = () if calibration is None or not self.arm.calibrated else (calibration,)
         ships = ship and Path(self.model).is_dir()
         if ships:
@@ -113,6 +115,10 @@ class Sampling:
             )
             for start, count in (shards.missing() if missing is None else missing)
         ]
+
+    def _check(self, calibration: Path | None) -> None:
+        if self.arm.calibrated and calibration is None:
+            raise ValueError(f"{self.arm.name!r} is quantized, or cached by CacheQuant, so it needs a calibration")
 
 
 def keep(shards: ShardSet, task: Task, result: dict[str, Any]) -> None:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from iec.analysis.affine import AffineProbe
-from iec.analysis.denoising import Call, Denoise, Found, found_features
+from iec.analysis.calls import Call
+from iec.analysis.denoising import Denoise, Found, found_features
 from iec.patch import replace_forward
 from iec.pipeline.batches import batches
 from iec.pipeline.installation import Installation, installation, switching

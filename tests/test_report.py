@@ -289,3 +289,12 @@ def test_rows_of_fewer_images_say_so(tmp_path: Path) -> None:
     assert "DDIM, 100 steps (150 images)" in made.markdown.read_text()
     assert "6 arms, 2,000 images each" in made.markdown.read_text(), "a reference is no arm"
     assert [section.title for section in made.sections] == ["quantized", "cached", "References"]
+
+
+def test_a_group_without_metrics_shows_what_it_cost(tmp_path: Path) -> None:
+    found = benchfolder.lines()
+    found[0] |= {"metrics": {}, "group": "references", "paper": None}
+    benchfolder.write(tmp_path, found[:1], cells=benchfolder.planned(found[:1]))
+    (section,) = report(tmp_path).sections
+    assert section.table.heads == ("", "arm", "passes", "s / image", "peak MiB", "weights MiB")
+    assert section.charts == () and section.findings == () and section.further is None

@@ -97,17 +97,17 @@ def _section(run: Run, title: str, group: Sequence[Result], listed: Sequence[str
     shown = members(run, group)
     apart = sum(entry.kind == "control" for entry in shown) > MANY
     own = [name for name in listed if name in names(shown)]
-    first, *others = own
+    first, others = (own[0] if own else None), own[1:]
     # A second drawing: how near the images come to those of full precision, beside what a distribution distance says.
     near = [name for name in own if name.startswith(("rmse_", "psnr_"))]
-    drawn = [chart(shown, name) for name in dict.fromkeys([first, *near[:1]])]
+    drawn = [chart(shown, name) for name in dict.fromkeys([*own[:1], *near[:1]])]
     return Section(
         _titled(title, run),
         quality(run, shown, first, (lambda entry: entry.kind != "control") if apart else lambda _: True),
         quality(run, shown, first, lambda entry: entry.kind == "control") if apart else None,
         further(run, shown, others),
         tuple(one for one in drawn if one is not None),
-        tuple(findings(run, group, [first, *near[:2]])),
+        tuple(findings(run, group, list(dict.fromkeys([*own[:1], *near[:2]])))),
         ()
         if _has_pictures(run)
         else tuple(strips(run, [entry for entry in shown if not (apart and entry.kind == "control")])),

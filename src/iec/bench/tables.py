@@ -70,12 +70,14 @@ def names(entries: Iterable[Result]) -> list[str]:
     return list(dict.fromkeys(name for entry in entries for name in entry.metrics))
 
 
-def quality(run: Run, shown: Sequence[Result], metric: str, only: Callable[[Result], bool] = lambda _: True) -> Table:
-    """The table of the `members` of a group by one metric: the paper's value, ours, differences, passes, time, memory, weights.
+def quality(
+    run: Run, shown: Sequence[Result], metric: str | None, only: Callable[[Result], bool] = lambda _: True
+) -> Table:
+    """The table of the `members` of a group by one metric (None where there is none): the paper's value, ours, differences, passes, time, memory, weights.
 
     Entries that are not `only`'s are left out, but count in the numbers of the rows.
     """
-    columns = _columns(run, shown, metric)
+    columns = [] if metric is None else _columns(run, shown, metric)
     timed = any(entry.timing for entry in shown)
     peaks = any(entry.timing and entry.timing.peak for entry in shown)
     heads = ["", "arm", *(head for head, _ in columns), "passes"]

@@ -73,7 +73,8 @@ def names(entries: Iterable[Result]) -> list[str]:
 def quality(
     run: Run, shown: Sequence[Result], metric: str | None, only: Callable[[Result], bool] = lambda _: True
 ) -> Table:
-    """The table of the `members` of a group by one metric (None where there is none): the paper's value, ours, differences, passes, time, memory, weights.
+    """The table of the `members` of a group by one metric (None: there is none): the paper's value, ours, differences, passes,
+    time, memory, weights.
 
     Entries that are not `only`'s are left out, but count in the numbers of the rows.
     """

@@ -110,7 +110,7 @@ class _Lines:
     def tell(self) -> None:
         for cell, standing in self._board.standings.items():
             before, self._states[cell] = self._states.get(cell), standing.state
-            if standing.state in ("waits", before) or standing.state == "failed":
+            if standing.state in ("waits", "measures", "failed", before):
                 continue
             done = f"{self._board.done} of {len(self._board.standings)} done"
             counted = f", {_number(standing.evaluations)} evaluations, {_seconds(standing.seconds)} s an image"

@@ -9,30 +9,17 @@ from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from iec.bench.arms import Outcome
+from iec.bench.pareto import COLOURS
+from iec.bench.pictures import Strip, sheet
 from iec.bench.reading import reading
-from iec.evaluate.images import to_pil
-
-COLOURS = {"reference": "#5b6472", "plain": "#2b6cb0", "corrected": "#c05621", "control": "#2f855a"}
 
 
-def comparison_grid(outcomes: Sequence[Outcome], columns: int = 10, scale: int = 2) -> Image.Image:
+def comparison_grid(outcomes: Sequence[Outcome], columns: int = 10) -> Image.Image:
     """Rows are arms, columns the same seeds; the label gives evaluations and the PSNR to the first row."""
-    font, small = ImageFont.load_default(size=15), ImageFont.load_default(size=12)
-    shown = min(columns, len(outcomes[0].images))
-    side, gap, label = outcomes[0].images.shape[-1] * scale, 4, 350
-    sheet = Image.new("RGB", (label + shown * (side + gap) + gap, len(outcomes) * (side + gap) + gap), "white")
-    draw = ImageDraw.Draw(sheet)
-    for index, outcome in enumerate(outcomes):
-        top = gap + index * (side + gap)
-        draw.text((10, top + 8), outcome.arm.name, fill=COLOURS[outcome.arm.kind], font=font)
-        draw.text((10, top + 30), _facts(outcome), fill="#444444", font=small)
-        for column, picture in enumerate(to_pil(outcome.images[:shown])):
-            enlarged = picture.convert("RGB").resize((side, side), Image.Resampling.NEAREST)
-            sheet.paste(enlarged, (label + column * (side + gap), top))
-    return sheet
+    return sheet([Strip(one.arm.name, one.arm.kind, _facts(one), one.images[:columns]) for one in outcomes])
 
 
 def _facts(outcome: Outcome) -> str:

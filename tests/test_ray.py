@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import signal
 import socket
 import sys
 from dataclasses import replace
@@ -22,7 +20,7 @@ from iec.evaluate.scale import Sampling, keep, sample_shards
 from iec.evaluate.shards import ShardSet
 from iec.evaluate.worker import Done, Raised
 from iec.evaluate.workers import Task, TaskErrors, run_tasks
-from test_workers import gone
+from test_workers import kill_the_other
 from tiny import CASES
 
 
@@ -31,9 +29,9 @@ def test_two_ray_workers_one_of_them_killed_make_the_same_images(
 ) -> None:
     """All on one cluster, as it takes seconds to start: shards of images, the first worker that has one under way being killed
     by a real SIGKILL when another is done; a task that raises; one whose folder travels to it."""
-    model, begun = tmp_path / "model", tmp_path / "begun"
+    model, marks = tmp_path / "model", tmp_path / "marks"
     CASES["ddim"].build().save_pretrained(model, safe_serialization=True)
-    begun.mkdir()
+    marks.mkdir()
     (tmp_path / "sent" / "inner").mkdir(parents=True)
     (tmp_path / "sent" / "inner" / "a.txt").write_text("hello")
     sampling = Sampling(Arm("IEC", "corrected", 3, steps="all"), str(model), batch_size=2, device="cpu")
@@ -43,7 +41,7 @@ def test_two_ray_workers_one_of_them_killed_make_the_same_images(
         replace(
             task,
             function="workertasks:marked_shard",
-            arguments={**task.arguments, "mark": str(begun), "key": task.key},
+            arguments={**task.arguments, "mark": str(marks), "key": task.key},
         )
         for task in sampling.tasks(shards, ship=True)  # as to other machines
     ]
@@ -53,19 +51,15 @@ def test_two_ray_workers_one_of_them_killed_make_the_same_images(
         Task("reader", "workertasks:contents", {}, (tmp_path / "sent", tmp_path / "sent" / "inner" / "a.txt")),
     ]
     lost: list[tuple[str, str]] = []
-    victim = ""  # the task under way in the worker that is killed
+    killed: list[str] = []
     results: dict[str, Any] = {}
 
     def done(task: Task, result: Any) -> None:
-        nonlocal victim
         results[task.key] = result
         if task.function.endswith("marked_shard"):
             keep(shards, task, result)
-            if not victim:
-                under_way = {mark.read_text(): int(mark.name) for mark in begun.iterdir()}
-                victim, pid = next((key, pid) for key, pid in under_way.items() if key not in results)
-                os.kill(pid, signal.SIGKILL)
-                assert gone(pid)
+        if task.key == "0":
+            killed.append(kill_the_other(marks)[1])
 
     capfd.readouterr()
     with pytest.raises(TaskErrors) as caught:
@@ -78,7 +72,7 @@ def test_two_ray_workers_one_of_them_killed_make_the_same_images(
         )
     said = capfd.readouterr()
     assert not sys.modules["ray"].is_initialized(), "a cluster of our own ends with the call"
-    assert [key for key, _ in lost] == [victim] and "WorkerCrashedError" in lost[0][1]
+    assert [key for key, _ in lost] == killed and "WorkerCrashedError" in lost[0][1]
     one, other = ({f.name: f.read_bytes() for f in (tmp_path / name).iterdir()} for name in ("alone", "ray"))
     assert one == other and len(one) == 5
     assert results["reader"] == {"sent/inner/a.txt": "hello", "a.txt": "hello"}

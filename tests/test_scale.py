@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,7 @@ from iec.evaluate.scale import Sampling, keep, sample_shard, sample_shards
 from iec.evaluate.shards import ShardSet
 from iec.evaluate.workers import TaskErrors, run_tasks
 from quantized import calibration
-from test_workers import gone
+from test_workers import kill_the_other
 from tiny import CASES
 
 PLAIN = Arm("plain", "plain", 3)
@@ -177,29 +175,29 @@ def test_a_model_can_be_sent_along(models: dict[str, str], tmp_path: Path) -> No
 
 def test_two_workers_one_of_them_killed_make_the_same_files(models: dict[str, str], tmp_path: Path) -> None:
     """By a real SIGKILL, when the first shard is done, of the worker that has another one under way."""
-    chosen, lost, pids = sampling(models["ddim"]), [], []
+    chosen, marks = sampling(models["ddim"]), tmp_path / "marks"
+    lost: list[tuple[str, str]] = []
+    killed: list[tuple[int, str]] = []
     sample_shards(chosen, tmp_path / "alone", 10, model="m", size=2, workers=0)
     shards = ShardSet(tmp_path / "killed", chosen.identity("m", 1), 10, 2)
 
     def done(task: Any, result: dict[str, Any]) -> None:
-        if not pids:
-            begun = {int(mark.name): mark for mark in (tmp_path / "begun").iterdir()}
-            pids.extend(pid for pid, mark in begun.items() if mark.read_text() != task.key)
-            os.kill(pids[0], signal.SIGKILL)
-            assert gone(pids[0])
+        if task.key == "0":
+            killed.append(kill_the_other(marks))
         keep(shards, task, result)
 
-    (tmp_path / "begun").mkdir()
+    marks.mkdir()
     marked = [
         dataclasses.replace(
             task,
             function="workertasks:marked_shard",
-            arguments={**task.arguments, "mark": str(tmp_path / "begun"), "key": task.key},
+            arguments={**task.arguments, "mark": str(marks), "key": task.key},
         )
         for task in chosen.tasks(shards)
     ]
     run_tasks(marked, workers=2, done=done, lost=lambda task, why: lost.append((task.key, why)))
-    assert len(lost) == 1 and f"worker {pids[0]} was ended by SIGKILL" in lost[0][1]
+    (pid, key), *more = killed
+    assert not more and [each for each, _ in lost] == [key] and f"worker {pid} was ended by SIGKILL" in lost[0][1]
     assert files(tmp_path / "killed") == files(tmp_path / "alone")
 
 

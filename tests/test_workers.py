@@ -58,6 +58,21 @@ def written(mark: Path) -> int:
     return int(appears(lambda: mark.exists() and mark.read_text()))
 
 
+def kill_the_other(marks: Path) -> tuple[int, str]:
+    """Kill the worker that has a shard other than the first under way (see `workertasks.marked_shard`), and let the rest go on.
+
+    Returns its number, and the key of its shard.
+    """
+    key = appears(
+        lambda: next((mark.name for mark in marks.iterdir() if mark.name.isdecimal() and mark.name != "0"), None)
+    )
+    pid = int((marks / key).read_text())
+    os.kill(pid, signal.SIGKILL)
+    assert gone(pid)
+    (marks / "go").touch()
+    return pid, key
+
+
 # --- what is run ------------------------------------------------------------------------------------------------------
 
 
@@ -203,6 +218,32 @@ def test_gpus_that_are_not_there() -> None:
         run(task("a"), task("b"), workers=2, gpus=0.5)
 
 
+@pytest.mark.parametrize(
+    ("workers", "gpus", "visible", "seen"),
+    [
+        (2, 1.0, None, ["0", "1"]),
+        (4, 0.5, None, ["0", "0", "1", "1"]),
+        (3, 0.4, "5,GPU-ab", ["5", "5", "GPU-ab"]),
+        (3, 0.0, None, [None] * 3),
+        (3, 1.0, None, None),
+    ],
+)
+def test_workers_share_the_gpus(
+    workers: int, gpus: float, visible: str | None, seen: list[str] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a machine that says it has two."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    if seen is None:
+        with pytest.raises(RuntimeError, match="3 workers that take 1 of a GPU each have no room on 2 GPUs"):
+            processes._environments(workers, 1, gpus)
+        return
+    assert [each.get("CUDA_VISIBLE_DEVICES") for each in processes._environments(workers, 1, gpus)] == seen
+
+
 # --- what is killed ---------------------------------------------------------------------------------------------------
 
 
@@ -303,7 +344,7 @@ import sys
 sys.path.insert(0, {here!r})
 from iec.evaluate.shards import ShardSet
 from iec.evaluate.workers import Task, run_tasks
-shards = ShardSet({folder!r}, {{"of": "a test"}}, num=60, size=5, seed=100)
+shards = ShardSet({folder!r}, {{"of": "a test"}}, num=200, size=5, seed=100)
 tasks = [
     Task(str(start), "workertasks:images", {{"start": start, "seeds": list(shards.seeds(start)), "seconds": {seconds}}})
     for start, _ in shards.missing()
@@ -321,12 +362,12 @@ def test_a_run_whose_driver_is_killed_again_and_again_ends_as_one_that_was_not(t
         return {file.name: file.read_bytes() for file in folder.iterdir()}
 
     folder = tmp_path / "killed"
-    for enough, workers in ((2, 2), (5, 3), (8, 1)):
+    for enough, workers in ((2, 2), (8, 3), (14, 1)):
         driver = begin(folder, workers, seconds=0.05)
         appears(lambda enough=enough: len(list(folder.glob("shard-*.npz"))) >= enough)
         driver.kill()
         assert driver.wait(30) == -signal.SIGKILL
-        assert len(list(folder.glob("shard-*.npz"))) < 12, "killed in the middle"
+        assert len(list(folder.glob("shard-*.npz"))) < 40, "killed in the middle"
     assert begin(folder, 2, seconds=0).wait(60) == 0
     assert begin(tmp_path / "whole", 1, seconds=0).wait(60) == 0
-    assert files(folder) == files(tmp_path / "whole") and len(files(folder)) == 13
+    assert files(folder) == files(tmp_path / "whole") and len(files(folder)) == 41

@@ -100,8 +100,16 @@ def images(arguments: Arguments, files: Files) -> Arguments:
 
 
 def marked_shard(arguments: Arguments, files: Files) -> Any:
-    """As `iec.evaluate.scale:sample_shard`, having written into the folder `mark` who is about to do which."""
+    """As `iec.evaluate.scale:sample_shard`, having written into the folder `mark` who is about to do which `key`.
+
+    All but the first shard are held back until a file "go" is there.
+    """
     from iec.evaluate.scale import sample_shard
 
-    (Path(arguments["mark"]) / str(os.getpid())).write_text(arguments["key"])
-    return sample_shard(arguments, files)
+    folder = Path(arguments["mark"])
+    (folder / f"{arguments['key']}.part").write_text(str(os.getpid()))
+    (folder / f"{arguments['key']}.part").rename(folder / arguments["key"])
+    result = sample_shard(arguments, files)
+    while arguments["key"] != "0" and not (folder / "go").exists():
+        time.sleep(0.01)
+    return result

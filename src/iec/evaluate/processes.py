@@ -13,7 +13,7 @@ import tempfile
 import threading
 from typing import Any
 
-from iec.evaluate.worker import READY, Lost, Outcome, read, write
+from iec.evaluate.worker import BEGUN, READY, Lost, Outcome, read, write
 from iec.evaluate.workers import Task
 
 # The driver's import path, as `python -m` would know only the installed packages. No `multiprocessing`: it runs the driver's main
@@ -26,7 +26,7 @@ _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA
 
 
 class _Worker:
-    """A process, the task that it has (its key), and a thread that waits for its answers."""
+    """A process, the task that it has, whether it has begun with it, and a thread that waits for its answers."""
 
     def __init__(
         self, environment: dict[str, str], silent: bool, events: queue.SimpleQueue[tuple[_Worker, Any]]
@@ -35,8 +35,8 @@ class _Worker:
         pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout"), subprocess.PIPE)
         self._said = tempfile.TemporaryFile() if silent else None  # noqa: SIM115 - closed by `end`
         self.process = subprocess.Popen(command, stderr=self._said, env=environment, **pipes)
-        self.key: str | None = None
-        self.ready = False
+        self.task: Task | None = None
+        self.ready = self.begun = False
         self._events = events
         self._reader = threading.Thread(target=self._listen, daemon=True)
         self._reader.start()
@@ -48,14 +48,15 @@ class _Worker:
                 self._events.put((self, read(self.process.stdout)))
         self._events.put((self, None))
 
-    def give(self, key: str, request: dict[str, Any]) -> bool:
+    def give(self, task: Task, threads: int) -> bool:
         """Hand over a task; False if the worker is gone."""
         assert self.process.stdin is not None
+        request = {"function": task.function, "arguments": task.arguments, "files": task.files, "threads": threads}
         try:
             write(self.process.stdin, request)
         except OSError:
             return False
-        self.key = key
+        self.task, self.begun = task, False
         return True
 
     def end(self, orderly: bool) -> None:
@@ -110,25 +111,19 @@ class Processes:
         self._stillborn = 0
 
     def start(self, task: Task) -> None:
-        request = {
-            "function": task.function,
-            "arguments": task.arguments,
-            "files": task.files,
-            "threads": self._threads,
-        }
         # Those that have loaded something first.
         places = sorted(range(self.slots), key=lambda place: self._workers[place] is None)
         for place in places:
             worker = self._workers[place]
-            if worker is not None and worker.key is not None:
+            if worker is not None and worker.task is not None:
                 continue
-            if worker is not None and worker.give(task.key, request):
+            if worker is not None and worker.give(task, self._threads):
                 return
             if worker is not None:
                 worker.end(orderly=False)
             self._workers[place] = worker = _Worker(self._environments[place], place > 0, self._events)
-            if not worker.give(task.key, request):
-                worker.key = task.key  # died at once: `wait` will hear of it
+            if not worker.give(task, self._threads):
+                worker.task = task  # died at once: `wait` will hear of it
             return
         raise AssertionError("no free worker")
 
@@ -140,11 +135,14 @@ class Processes:
             if answer == READY:
                 worker.ready, self._stillborn = True, 0
                 continue
-            key = worker.key
+            if answer == BEGUN:
+                worker.begun = True
+                continue
+            task = worker.task
             if answer is not None:
-                worker.key = None
-                assert key is not None
-                return key, answer
+                worker.task = None
+                assert task is not None
+                return task.key, answer
             why = worker.cause()
             self._workers[self._workers.index(worker)] = None
             worker.end(orderly=False)
@@ -152,8 +150,10 @@ class Processes:
                 self._stillborn += 1
                 if self._stillborn == _STARTS:
                     raise RuntimeError(f"worker processes do not start: {why}; what it said stands above")
-            if key is not None:
-                return key, Lost(why)
+            if task is not None and worker.ready and not worker.begun:
+                self.start(task)  # killed while it was idle, before anybody could know
+            elif task is not None:
+                return task.key, Lost(why)
 
     def close(self, orderly: bool) -> None:
         living = [worker for worker in self._workers if worker is not None]

@@ -42,7 +42,7 @@ class Lost:
 
 
 Outcome = Done | Raised | Lost
-READY = "ready"  # what a worker says first
+READY, BEGUN = "ready", "begun"  # what a worker says first, and when it has been given a task
 
 
 def run(function: str, arguments: dict[str, Any], files: Sequence[Path], threads: int) -> Done | Raised:
@@ -125,6 +125,7 @@ def main() -> None:
     write(answers, READY)
     while (request := inbox.get()) is not None:
         busy.set()
+        write(answers, BEGUN)
         outcome = run(**request)
         busy.clear()
         write(answers, outcome)

@@ -9,6 +9,7 @@ import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
@@ -298,3 +299,12 @@ def test_a_group_without_metrics_shows_what_it_cost(tmp_path: Path) -> None:
     (section,) = report(tmp_path).sections
     assert section.table.heads == ("", "arm", "passes", "s / image", "peak MiB", "weights MiB")
     assert section.charts == () and section.findings == () and section.further is None
+
+
+def test_images_come_from_as_many_shards_as_it_takes(tmp_path: Path) -> None:
+    benchfolder.write(tmp_path, images=3)
+    for line in benchfolder.lines():
+        shades = np.arange(3, 9, dtype=np.uint8)[:, None, None, None]
+        np.savez(tmp_path / "cells" / line["cell"] / "000003.npz", images=np.broadcast_to(shades, (6, 1, 28, 28)))
+    (first, *_) = report(tmp_path).sections[0].strips
+    assert first.images[:, 0, 0, 0].tolist() == [0, 9, 18, 3, 4, 5, 6, 7, 8]

@@ -16,11 +16,13 @@ _KERNELS = {"reference": "the reference kernel, which rounds floats and is slowe
 
 @dataclass(frozen=True)
 class Facts:
-    """The head of a report: title, one line that sums it up, the recipe's own text, and rows of how it was made."""
+    """The head of a report: title, one line that sums it up, the recipe's own text, what must be known first, and rows of how it
+    was made."""
 
     title: str
     summary: str
     text: str
+    caution: str
     rows: tuple[tuple[str, str], ...]
 
 
@@ -51,17 +53,16 @@ def facts(run: Run) -> Facts:
         ("fingerprint", str(run.about.get("fingerprint", ""))),
     ]
     about = " ".join(str(recipe.get("about", "")).split())
-    return Facts(title, summary + ".", about, tuple((name, value) for name, value in rows if value))
+    caution = "The model is a random stand-in: this shows that the recipe works; its numbers say nothing of quality."
+    return Facts(
+        title, summary + ".", about, caution if stand_in else "", tuple((name, value) for name, value in rows if value)
+    )
 
 
 def remarks(run: Run) -> list[str]:
     """How the numbers are to be read."""
     entries = run.entries
     lines = []
-    if run.about.get("stand_in"):
-        lines.append(
-            "The model is a random stand-in: the run shows that the recipe works, and its numbers say nothing of quality."
-        )
     if any(e.low is not None for entry in entries for e in entry.metrics.values()):
         lines.append(
             "Brackets are 95 % intervals of a bootstrap over seeds. All arms use the same resamples, so the differences are "
@@ -140,7 +141,7 @@ def _sampling(entries: tuple[Result, ...]) -> str:
         return ""
     total = sum(timed.values())
     threads = sorted({n for entry in entries if entry.timing for n in entry.timing.threads})
-    workers = sorted({n for entry in entries if entry.timing for n in entry.timing.workers})
+    workers = sorted({max(1, n) for entry in entries if entry.timing for n in entry.timing.workers})
     told = f"{total / 3600:.1f} hours" if total >= 3600 else f"{seconds(total)} seconds"
     beside = f", {'/'.join(map(str, workers))} at a time" if workers else ""
     return f"{told} of workers with {'/'.join(map(str, threads)) or '?'} threads{beside}"

@@ -35,24 +35,27 @@ def strips(run: Run, shown: Sequence[Result]) -> list[Strip]:
         (result, images) for result in shown if (images := first_images(run.folder / CELLS / result.cell)) is not None
     ]
     count = min((len(images) for _, images in found), default=0)
-    return [Strip(result.name, result.kind, _facts(result), images[:count]) for result, images in found]
+    return [Strip(result.name, result.kind, _facts(run, result), images[:count]) for result, images in found]
 
 
 def first_images(cell: Path, count: int = COLUMNS) -> Tensor | None:
-    """Up to `count` images (N, C, H, W) of a cell's first shard; None where there is none that can be read."""
+    """Up to `count` images (N, C, H, W) of a cell's first shards; None where there is none that can be read."""
     import torch
 
+    found: list[np.ndarray] = []
     for file in sorted(cell.glob("*.np[yz]")):
         try:
             with open(file, "rb") as opened:  # numpy leaves a file that it opened itself open where its zip is damaged
                 loaded = np.load(opened, allow_pickle=False)
                 images = loaded["images"] if isinstance(loaded, np.lib.npyio.NpzFile) else loaded
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-            return None  # the bench itself says what is wrong with it, and makes it again
+            break  # the bench itself says what is wrong with it, and makes it again
         if images.ndim != 4 or images.dtype != np.uint8 or images.shape[1] not in (1, 3):
-            return None
-        return torch.from_numpy(np.ascontiguousarray(images[:count]))
-    return None
+            break
+        found.append(images[:count])
+        if sum(map(len, found)) >= count:
+            break
+    return torch.from_numpy(np.concatenate(found)[:count]) if found else None
 
 
 def rows_of_images(run: Run) -> list[tuple[str, list[Strip]]]:
@@ -74,9 +77,9 @@ def figures(run: Run) -> list[Picture]:
     ]
 
 
-def _facts(result: Result) -> str:
+def _facts(run: Run, result: Result) -> str:
     parts = [f"{passes(result.whole, result.reused)} passes"]
-    for name, estimate in list(result.metrics.items())[:2]:
-        known = quantity(name)
+    for name in [name for name in run.metrics if name in result.metrics][:2]:
+        known, estimate = quantity(name), result.metrics[name]
         parts.append(f"{known.label} {known.number(estimate.value, known.digits([estimate]))}")
     return ", ".join(parts)

@@ -19,7 +19,7 @@ from iec.bench.gallery import Picture, figures, rows_of_images, strips
 from iec.bench.pareto import COLOURS, Chart, chart, svg
 from iec.bench.pictures import Strip, sheet, strip
 from iec.bench.results import Result, Run, load_run
-from iec.bench.tables import Table, further, members, names, quality
+from iec.bench.tables import Table, further, members, quality
 
 MANY = 6  # controls beyond which they have a table of their own
 FILES = "report-files"  # beside report.md: the drawings that it shows
@@ -69,7 +69,7 @@ def report(folder: str | Path) -> Report:
     Raises ValueError as `iec.bench.results.load_run` does.
     """
     run = load_run(folder)
-    listed = _metrics(run)
+    listed = run.metrics
     groups = sorted(run.groups().items(), key=lambda pair: pair[0] == REFERENCES)  # stable: else as in the recipe
     sections = tuple(_section(run, title, group, listed) for title, group in groups)
     made = Report(
@@ -86,17 +86,10 @@ def report(folder: str | Path) -> Report:
     return made
 
 
-def _metrics(run: Run) -> list[str]:
-    """All metrics, those of the recipe first and in its order."""
-    wanted = run.about.get("recipe", {}).get("metrics", {}).get("names", [])
-    found = names(run.entries)
-    return [*(name for name in wanted if name in found), *(name for name in found if name not in wanted)]
-
-
 def _section(run: Run, title: str, group: Sequence[Result], listed: Sequence[str]) -> Section:
     shown = members(run, group)
     apart = sum(entry.kind == "control" for entry in shown) > MANY
-    own = [name for name in listed if name in names(shown)]
+    own = [name for name in listed if any(name in entry.metrics for entry in shown)]
     first, others = (own[0] if own else None), own[1:]
     # A second drawing: how near the images come to those of full precision, beside what a distribution distance says.
     near = [name for name in own if name.startswith(("rmse_", "psnr_"))]
@@ -131,6 +124,8 @@ def _markdown(made: Report, about: Facts, pictures: Sequence[Picture]) -> str:
     lines = [f"# {about.title}", "", about.summary, ""]
     if about.text:
         lines += [about.text, ""]
+    if about.caution:
+        lines += [f"**{about.caution}**", ""]
     if run.missing:
         lines += [f"**Not finished.** {_missing(run)}", ""]
     lines += [f"- {line}" for line in made.headlines] + [""] * bool(made.headlines)

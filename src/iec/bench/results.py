@@ -102,6 +102,13 @@ class Run:
     notes: tuple[str, ...] = ()
 
     @property
+    def metrics(self) -> list[str]:
+        """The names of all metrics, those of the recipe first and in its order."""
+        wanted = self.about.get("recipe", {}).get("metrics", {}).get("names", [])
+        found = dict.fromkeys(name for entry in self.entries for name in entry.metrics)
+        return [*(name for name in wanted if name in found), *(name for name in found if name not in wanted)]
+
+    @property
     def num(self) -> int:
         """The number of images that most entries have."""
         counts = [entry.num for entry in self.entries]

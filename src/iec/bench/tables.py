@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -63,11 +63,6 @@ def members(run: Run, group: Sequence[Result]) -> list[Result]:
         add(entry)
     places = {"reference": 0, "control": 2}
     return sorted(shown, key=lambda entry: places.get(entry.kind, 1))  # stable: else in their order
-
-
-def names(entries: Iterable[Result]) -> list[str]:
-    """All metrics of the entries, in the order in which they occur."""
-    return list(dict.fromkeys(name for entry in entries for name in entry.metrics))
 
 
 def quality(

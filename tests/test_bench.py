@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import multiprocessing
 import os
@@ -17,13 +18,15 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+from rich.console import Console
 from typer.testing import CliRunner
 
 from iec.bench import runner
-from iec.bench.board import Board
+from iec.bench.board import Board, Standing
 from iec.bench.recipe import Recipe, recipe_of
 from iec.bench.runner import Outcome, Workers, bench
 from iec.cli.app import app
+from iec.cli.bench import drawn
 
 ARMS = (
     {"name": "DDIM", "group": "full precision"},
@@ -318,6 +321,32 @@ def test_controls_stand_beside_the_arms_that_they_are_equal_to(model: Path, tmp_
     assert {line["full"] for line in controls} <= {full, None}
 
 
+def test_figures_are_drawn_once(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = [
+        {"kind": "error", "title": "Fig. 2", "arm": "W8A8 + IEC", "num": 2},
+        {"kind": "residuals", "title": "Residuals", "num": 2, "batch_size": 1},
+        {"kind": "growth", "num": 1, "after": [99]},
+    ]
+    arms = ({"name": "W8A8 + IEC", "quant": "w8a8", "steps": "all", "relax": [0.3]},)
+    extra = {"metrics": {"names": ["rmse_full"]}, "references": {}}
+    outcome = bench(recipe(model, *arms, figure=figures, **extra), tmp_path, workers=Workers(0))
+    assert set(outcome.failed) == {"the figure growth"} and "99" in outcome.failed["the figure growth"]
+    files = {f"figures/{path.parent.name}/{path.name}" for path in tmp_path.glob("figures/*/*")}
+    wanted = {"Fig. 2": "error", "Residuals": "residuals"}
+    parts = {f"figures/{name}/{kind}.{end}" for name, kind in wanted.items() for end in ("csv", "json", "png")}
+    assert files == parts | {f"figures/{name}/figure.json" for name in wanted}
+    error = json.loads((tmp_path / "figures" / "Fig. 2" / "error.json").read_text(encoding="utf-8"))
+    assert "0.3" in error["about"]["correction"]["relax"] and error["about"]["efficient"]["quant"]
+    residuals = json.loads((tmp_path / "figures" / "Residuals" / "residuals.json").read_text(encoding="utf-8"))
+    assert residuals["about"]["efficient"] is None and residuals["about"]["batch_size"] == 1
+
+    done: list[str] = []
+    monkeypatch.setattr(runner, "run_tasks", lambda tasks, **_: done.extend(task.key for task in tasks))
+    other = [{**figures[0], "num": 1}, *figures[1:2]]
+    bench(recipe(model, *arms, figure=other, **extra), tmp_path, workers=Workers(0))
+    assert done == ["figure Fig. 2"]
+
+
 @pytest.mark.parametrize(
     ("tables", "told"),
     [
@@ -376,3 +405,22 @@ def test_the_command_tells_what_failed(model: Path, tmp_path: Path, monkeypatch:
     assert "failed: broken: " in result.stderr and "the same command tries these again" in result.stderr
     missing = CliRunner().invoke(app, ["bench", "no-such-recipe"])
     assert missing.exit_code == 2 and "no bench recipe 'no-such-recipe'; bundled are " in missing.stderr
+
+
+@pytest.mark.parametrize(("arms", "height"), [(3, 40), (40, 24)])
+def test_the_live_table_fits_the_screen(arms: int, height: int) -> None:
+    names = [f"[bold] arm {index} " + "of a long name " * (index % 5) for index in range(arms)]
+    board = Board({name: Standing(name, "corrected", "", 2000) for name in names})
+    for name in names[: arms // 2]:
+        board.set(name, "done")
+    board.add(names[arms // 2], 50, 1.234, 20.0)
+    board.set(names[arms // 2], "samples")
+    board.set(names[-1], "failed", "why")
+    board.set(names[-1], "done")
+    assert board.standings[names[-1]].state == "failed" and board.done == arms // 2
+    console = Console(width=80, height=height, record=True, file=io.StringIO())
+    console.print(drawn(board, height))
+    text = console.export_text().splitlines()
+    assert len(text) <= height and max(map(len, text)) <= 80
+    assert any(f"[bold] arm {arms // 2}" in line and "50/2000" in line and "1.23" in line for line in text)
+    assert f"{arms // 2} of {arms} arms done" in text[-1] or f"{arms // 2} of {arms} arms done" in text[-2]

@@ -129,6 +129,11 @@ class RunFolder:
         """Write the files of a figure, all or none, in the place of those of another one."""
         about = {"figure": cell.hash, "kind": cell.kind, "title": cell.title, "arm": cell.arm.name}
         keep_folder(self.figure(cell), {**files, FIGURE: json.dumps(about, indent=2).encode()})
+        shutil.rmtree(self.unfinished(cell), ignore_errors=True)
+
+    def unfinished(self, cell: FigureCell) -> Path:
+        """Where a figure that is being made keeps what it has so far."""
+        return self.root / "figures" / f"{cell.hash}.unfinished"
 
     def tidy_timings(self, present: set[tuple[str, int]]) -> None:
         """Forget the times of shards that are not there, and all but the last of those that were made twice."""

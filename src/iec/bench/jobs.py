@@ -12,12 +12,11 @@ from iec.bench.folder import RunFolder
 from iec.bench.measure import Measuring
 from iec.bench.recipe import Recipe
 from iec.bench.specs import ModelSpec
+from iec.bench.studies import STUDY
 from iec.evaluate.arms import Arm
 from iec.evaluate.scale import Sampling
 from iec.evaluate.workers import Task
 from iec.pipeline.models import calibrations
-
-STUDY = ("num", "seed", "batch_size")  # options of a figure that are of the study, the rest being of its kind
 
 
 @dataclass(frozen=True)
@@ -159,6 +158,7 @@ class Jobs:
             "arm": named(figure.arm),
             "kind": figure.kind,
             "conditions": self.conditions.of(numbers),
+            "folder": None if self.ship else str(self.folder.unfinished(figure)),
             "study": {
                 **study,
                 "options": {figure.kind: inner},

@@ -22,6 +22,7 @@ from iec.bench.specs import (
     StandInSpec,
 )
 from iec.bench.strict import checked, read, value_of
+from iec.bench.studies import check_arm, options_of
 from iec.bench.sweeps import Paper, entries
 from iec.evaluate.arms import Arm
 from iec.evaluate.conditions import Conditions
@@ -235,10 +236,15 @@ def _figure(table: Any, rows: tuple[Entry, ...], where: str) -> FigureSpec:
         raise ValueError(f"{where}: found {table!r}, expected a table")
     named = {key: value for key, value in table.items() if key in own}
     figure = read(FigureSpec, {**named, "options": {k: v for k, v in table.items() if k not in own}}, where)
+    checked(table, (*own, *options_of(figure.kind)), where)
     names = {entry.arm.name for entry in rows}
     for name in (*figure.arms, *([figure.arm] if figure.arm is not None else [])):
         if name not in names:
             raise ValueError(f"{where}: no arm is named {name!r}; known are {', '.join(sorted(names))}")
+    try:
+        check_arm(figure.kind, next((entry.arm for entry in rows if entry.arm.name == figure.arm), None))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
     return figure
 
 

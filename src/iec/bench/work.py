@@ -123,8 +123,9 @@ def _text_score(model: str, device: str) -> Any:
 def draw_figure(arguments: dict[str, Any], files: tuple[Path, ...]) -> dict[str, Any]:
     """Analyse full precision, or an efficient arm against it.
 
-    arguments: those of `make_calibration` for the pipeline, "arm" and "conditions"; "kind", and "study": further arguments of
-    `iec.analysis.study.analyse`. files: the calibration, if the arm needs one; the folder of the model, where "model" is None.
+    arguments: those of `make_calibration` for the pipeline, "arm" and "conditions"; "kind"; "study": further arguments of
+    `iec.analysis.study.analyse`; "folder": where it keeps what it has so far, or None. files: the calibration, if the arm
+    needs one; the folder of the model, where "model" is None.
 
     Returns {"files": {name: bytes}}: what the study's `save` writes.
     """
@@ -138,24 +139,25 @@ def draw_figure(arguments: dict[str, Any], files: tuple[Path, ...]) -> dict[str,
     correction = None
     if arm.steps is not None:
         correction = {"steps": arm.steps, "relax": arm.relax, "tol": arm.tol, "probe": arm.probe}
-    with contextlib.ExitStack() as stack, tempfile.TemporaryDirectory() as temporary:
+    with contextlib.ExitStack() as stack:
+        folder = arguments["folder"] or stack.enter_context(tempfile.TemporaryDirectory())
         efficient = None
         if arm.quant is not None or arm.cache is not None:
             other = Held()  # with denoisers of its own
             stack.callback(other.release)
             efficient = stack.enter_context(prepared(other.pipeline(*where), arm.without_correction(), calibration))
-        study = analyse(
+        analyse(
             full,
             efficient,
             kinds=(arguments["kind"],),
             num_inference_steps=arm.num_inference_steps,
             correction=correction,
+            folder=folder,
             **arguments["study"],
             **arm.kwargs,
             **arguments["conditions"],
         )
-        study.save(temporary)
-        return {"files": folder_files(Path(temporary))}
+        return {"files": folder_files(Path(folder))}
 
 
 def images_of(file: Path) -> torch.Tensor:

@@ -96,7 +96,9 @@ def _shown(board: Board) -> Iterator[None]:
         return
     from rich.live import Live
 
-    with Live(get_renderable=lambda: _table(board), console=stderr, refresh_per_second=4, transient=True) as live:
+    with Live(
+        get_renderable=lambda: drawn(board, stderr.height), console=stderr, refresh_per_second=4, transient=True
+    ) as live:
         board.told = lambda text: live.console.print(text, markup=False, highlight=False, soft_wrap=True, style="dim")
         yield
 
@@ -118,8 +120,8 @@ class _Lines:
             stderr.print(told, markup=False, highlight=False, soft_wrap=True)
 
 
-def _table(board: Board) -> Table:
-    """How far the run is. Arms that wait are counted where not all fit the screen."""
+def drawn(board: Board, height: int) -> Table:
+    """How far the run is, as a table of at most `height` lines; arms that have no room are counted."""
     from rich import box
     from rich.table import Table
 
@@ -128,7 +130,7 @@ def _table(board: Board) -> Table:
     table.add_column("state", no_wrap=True)
     for head in ("images", "evals", "s/image"):
         table.add_column(head, justify="right", no_wrap=True)
-    room = max(5, stderr.height - 6)
+    room = max(3, height - 6)
     shown = _fitting(list(board.standings.values()), room)
     for standing in shown:
         colour = {"failed": "red", "done": "green"}.get(standing.state, "")

@@ -251,12 +251,23 @@ def test_many_controls_have_a_table_of_their_own(tmp_path: Path) -> None:
     many = [{**found[6], "cell": f"{index:016x}", "name": f"control {index}"} for index in range(9)]
     for line in many:
         line["cell"] = "9" + line["cell"][1:]
-    found = [*found[:6], *many]
-    benchfolder.write(tmp_path, found, images=2, cells=benchfolder.planned(found))
+    many[0]["baseline"] = "8" * 16  # of a control that corrects, in another way
+    bare = {
+        **found[3],
+        "cell": "8" * 16,
+        "name": "9 steps (DDIM, clip_sample=False)",
+        "kind": "plain",
+        "group": "cached",
+    }
+    found = [*found[:6], bare, *many]
+    run = {**benchfolder.RUN["recipe"]["run"], "scheduler_options": {"clip_sample": False}}
+    recipe = {**benchfolder.RUN["recipe"], "run": run}
+    benchfolder.write(tmp_path, found, images=2, cells=benchfolder.planned(found), recipe=recipe)
     section = report(tmp_path).sections[1]
     assert section.controls is not None
     kinds = [[row.kind for row in table.rows] for table in (section.table, section.controls)]
-    assert kinds == [["reference", "plain", "corrected"], ["control"] * 9]
+    assert kinds == [["reference", "plain", "corrected"], ["plain", *["control"] * 9]]
+    assert section.controls.rows[0].cells[1].text == "9 steps (DDIM)", "options of all arms are no part of a name"
     assert section.controls.rows[0].cells[0].text == "4", "rows are numbered as in the drawing"
     assert len(section.strips) == 3
     assert "As many evaluations, otherwise spent" in (tmp_path / "report.md").read_text()

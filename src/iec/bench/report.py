@@ -88,7 +88,7 @@ def report(folder: str | Path) -> Report:
 
 def _section(run: Run, title: str, group: Sequence[Result], listed: Sequence[str]) -> Section:
     shown = members(run, group)
-    apart = sum(entry.kind == "control" for entry in shown) > MANY
+    aside = _aside(shown)
     own = [name for name in listed if any(name in entry.metrics for entry in shown)]
     first, others = (own[0] if own else None), own[1:]
     # A second drawing: how near the images come to those of full precision, beside what a distribution distance says.
@@ -96,15 +96,22 @@ def _section(run: Run, title: str, group: Sequence[Result], listed: Sequence[str
     drawn = [chart(shown, name) for name in dict.fromkeys([*own[:1], *near[:1]])]
     return Section(
         _titled(title, run),
-        quality(run, shown, first, (lambda entry: entry.kind != "control") if apart else lambda _: True),
-        quality(run, shown, first, lambda entry: entry.kind == "control") if apart else None,
+        quality(run, shown, first, lambda entry: entry.cell not in aside),
+        quality(run, shown, first, lambda entry: entry.cell in aside) if aside else None,
         further(run, shown, others),
         tuple(one for one in drawn if one is not None),
         tuple(findings(run, group, list(dict.fromkeys([*own[:1], *near[:2]])))),
-        ()
-        if _has_pictures(run)
-        else tuple(strips(run, [entry for entry in shown if not (apart and entry.kind == "control")])),
+        () if _has_pictures(run) else tuple(strips(run, [entry for entry in shown if entry.cell not in aside])),
     )
+
+
+def _aside(shown: Sequence[Result]) -> set[str]:
+    """The cells of many controls, and of what only they are compared with: they get a table of their own."""
+    controls = {entry.cell for entry in shown if entry.kind == "control"}
+    others = {entry.baseline for entry in shown if entry.kind == "corrected"}
+    theirs = {entry.baseline for entry in shown if entry.kind == "control"} - others
+    beside = {entry.cell for entry in shown if entry.kind == "plain" and entry.cell in theirs}
+    return controls | beside if len(controls) > MANY else set()
 
 
 def _titled(title: str, run: Run) -> str:

@@ -160,7 +160,16 @@ def load_run(folder: str | Path) -> Run:
             raise ValueError(f"{folder / RESULTS}, line {number}: {what}") from error
         by_cell[entry.cell] = entry
     entries, missing = _as_planned(about.get("cells"), by_cell, notes)
-    return Run(folder, about, entries, missing, tuple(notes))
+    options = about.get("recipe", {}).get("run", {}).get("scheduler_options") or {}
+    entries = tuple(replace(entry, name=_shorter(entry.name, options)) for entry in entries)
+    return Run(folder, about, entries, tuple(_shorter(name, options) for name in missing), tuple(notes))
+
+
+def _shorter(name: str, options: Mapping[str, Any]) -> str:
+    """The name of an arm without the options that all arms of the run have in common."""
+    for key, value in options.items():
+        name = name.replace(f", {key}={value}", "")
+    return name
 
 
 def _as_planned(

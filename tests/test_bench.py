@@ -145,6 +145,20 @@ def test_what_is_done_is_not_done_again(
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*.jsonl")}
 
 
+def test_real_images_are_looked_at_once(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "real").mkdir()
+    np.save(tmp_path / "real" / "real.npy", np.random.default_rng(0).integers(256, size=(6, 8, 8, 1), dtype=np.uint8))
+    of_a_folder = recipe(
+        model,
+        {"name": "DDIM"},
+        references={"data": str(tmp_path / "real" / "real.npy")},
+        metrics={"network": "fashion-mnist", "names": ["fid", "kid"], "draws": 10},
+    )
+    assert not bench(of_a_folder, tmp_path / "run", workers=Workers(0)).failed
+    monkeypatch.setattr("iec.evaluate.references.statistics_of_source", None)  # would be called, and fail
+    assert not bench(of_a_folder, tmp_path / "run", workers=Workers(0)).failed
+
+
 def test_another_arm_and_more_images_go_on_from_what_is_there(
     model: Path, finished: tuple[Path, Outcome, float], tmp_path: Path
 ) -> None:

@@ -67,7 +67,7 @@ class Measuring:
             raise ValueError(
                 f"metrics.names: {lacking[0]} compares with real images, and {self.network.name} has none; give references.data"
             )
-        return open_reference(data or self.network.name, self.network)
+        return open_reference(data or self.network.name, self.network, keep=self.folder.root / "references")
 
     def targets(self, cell: Cell) -> dict[str, Cell]:
         """The cells whose images of the same seeds a cell's are compared with, by what they are called in metrics."""

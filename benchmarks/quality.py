@@ -173,7 +173,7 @@ def table(arms: list[str], num: int, root: Path, against: str) -> list[dict[str,
 
 def markdown(lines: list[dict[str, Any]], against: str) -> str:
     """The table for people."""
-    heads = ["arm", "FID", f"− `{against}`", "− without IEC", "KID × 10³", "RMSE to fine", f"− `{against}`"]
+    heads = ["arm", "FID", f"− `{against}`", "− without IEC", "KID", "RMSE to fine", f"− `{against}`"]
     heads += ["RMSE to full", f"− `{against}`", "its median, 90 %"]
     rows = [heads, ["---", *["---:"] * (len(heads) - 1)]]
 

@@ -27,6 +27,7 @@ from iec.bench.recipe import Recipe, recipe_of
 from iec.bench.runner import Outcome, Workers, bench
 from iec.cli.app import app
 from iec.cli.bench import drawn
+from iec.evaluate import workers
 
 ARMS = (
     {"name": "DDIM", "group": "full precision"},
@@ -190,8 +191,8 @@ def test_the_number_of_workers_makes_no_difference(
     assert {line["workers"] for line in lines(tmp_path / "many", "timings.jsonl")} == {2}
 
 
-def _child(given: dict[str, Any], folder: Path, workers: int) -> None:
-    bench(recipe_of(given, "test"), folder, workers=Workers(workers))
+def _child(given: dict[str, Any], folder: Path, number: int) -> None:
+    bench(recipe_of(given, "test"), folder, workers=Workers(number))
 
 
 class Killed:
@@ -204,10 +205,10 @@ class Killed:
         # What takes seconds to import is imported once.
         self.context.set_forkserver_preload(["iec.bench.runner", "diffusers.pipelines.ddim.pipeline_ddim"])
 
-    def run(self, given: dict[str, Any], folder: Path, workers: int, shards: int, seconds: float) -> bool:
+    def run(self, given: dict[str, Any], folder: Path, number: int, shards: int, seconds: float) -> bool:
         """Run the bench, and kill it up to some seconds after it has made `shards` more shards; whether it was killed."""
         before = len(list(folder.glob("cells/*/shard-*.npz")))
-        process = self.context.Process(target=_child, args=(given, folder, workers))
+        process = self.context.Process(target=_child, args=(given, folder, number))
         process.start()
         while process.is_alive() and len(list(folder.glob("cells/*/shard-*.npz"))) < before + shards:
             process.join(0.002)
@@ -232,15 +233,33 @@ def test_killed_at_random_moments_it_ends_with_the_same_results(
     assert len(lines(folder)) == len(lines(finished[0])), told
 
 
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("number", [1, 3])
 def test_killed_with_workers_it_ends_with_the_same_results(
-    model: Path, finished: tuple[Path, Outcome, float], tmp_path: Path, workers: int
+    model: Path, finished: tuple[Path, Outcome, float], tmp_path: Path, number: int
 ) -> None:
     killed, folder = Killed(), tmp_path / "killed"
-    killed.run(table(model), folder, workers, killed.chance.randrange(1, 12), 0.2)
+    killed.run(table(model), folder, number, killed.chance.randrange(1, 12), 0.2)
     assert list(folder.glob("cells/*/shard-*.npz"))
     assert not bench(recipe(model), folder, workers=Workers(0)).failed
     assert content(folder) == content(finished[0]), f"random moments of seed {killed.seed}"
+
+
+def test_results_that_cannot_be_written_to_are_kept_as_well(
+    model: Path, finished: tuple[Path, Outcome, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def frozen(value: Any) -> Any:  # as Ray hands them over
+        if isinstance(value, np.ndarray):
+            value.flags.writeable = False
+        for inner in value.values() if isinstance(value, dict) else ():
+            frozen(inner)
+        return value
+
+    def run(tasks: Any, *, done: Any, **rest: Any) -> None:
+        workers.run_tasks(tasks, done=lambda task, result: done(task, frozen(result)), **rest)
+
+    monkeypatch.setattr(runner, "run_tasks", run)
+    assert not bench(recipe(model), tmp_path / "run", workers=Workers(0)).failed
+    assert content(tmp_path / "run") == content(finished[0])
 
 
 def test_damaged_files_are_made_again(model: Path, finished: tuple[Path, Outcome, float], tmp_path: Path) -> None:

@@ -276,8 +276,9 @@ class _Run:
 
     def _looked(self, job: Job, cell: Cell, result: dict[str, Any]) -> None:
         seeds = torch.tensor(job.task.arguments["seeds"], dtype=torch.int64)
-        features = {name: torch.from_numpy(value) for name, value in result["features"].items()}
-        scores = {name: torch.from_numpy(value) for name, value in result["scores"].items()}
+        # Copies, as Ray's arrays cannot be written to, of which torch warns.
+        features = {name: torch.tensor(value) for name, value in result["features"].items()}
+        scores = {name: torch.tensor(value) for name, value in result["scores"].items()}
         statistics = Statistics(result["name"], seeds, **features, scores=scores)
         self.folder.keep_statistics(cell, self.measuring.key(cell), job.start, statistics)
         self.left[cell.hash] -= 1

@@ -14,20 +14,23 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from iec.artifact import fingerprint
 from iec.artifact.calibration import Calibration
 from iec.artifact.files import write_json
-from iec.bench.cells import CalibrationCell, Cell, FigureCell
+from iec.bench.cells import CalibrationCell, Cell, FigureCell, Plan
 from iec.bench.recipe import Recipe
 from iec.bench.store import Lines, room
+from iec.evaluate.machine import machine, versions
 from iec.evaluate.shards import MANIFEST, ShardSet
 from iec.evaluate.statistics import Statistics, merged
 
+VERSION = 1  # of run.json
 RUN, RESULTS, TIMINGS, FIGURE = "run.json", "results.jsonl", "timings.jsonl", "figure.json"
 
 
@@ -39,8 +42,22 @@ class RunFolder:
         self.results, self.timings = Lines(root / RESULTS), Lines(root / TIMINGS)
         self._shards: dict[str, ShardSet] = {}
 
-    def describe(self, about: Mapping[str, Any]) -> None:
-        """Write run.json."""
+    def describe(self, plan: Plan, model: str, command: Sequence[str]) -> None:
+        """Write run.json: what is run, of which model (its identity), by which `command`, where."""
+        recipe, stand_in = self.recipe.plain(), self.recipe.stand_in
+        about = {
+            "format": "iec-bench-run",
+            "version": VERSION,
+            "title": self.recipe.title,
+            "recipe": recipe,
+            "model": model,
+            "stand_in": None if stand_in is None else stand_in.model,
+            "command": list(command),
+            "machine": {key: value for key, value in machine().items() if key != "threads"},
+            "versions": versions(),
+            "fingerprint": fingerprint.plain([recipe, model]),
+            "cells": [row.plain() for row in plan.rows],
+        }
         with room(self.root / RUN):
             write_json(self.root / RUN, about)
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 from iec.artifact import fingerprint
+from iec.bench.recipe import Recipe
 from iec.bench.specs import ModelSpec
 from iec.pipeline.models import folder_of
 
@@ -77,3 +80,19 @@ def _commit(spec: ModelSpec) -> str:
             f"no model {spec.name!r}: neither bundled, nor a folder, nor to be had from the Hub, nor downloaded before"
         )
     return Path(kept).parent.name
+
+
+def model_of(recipe: Recipe, folder: Path) -> ModelSpec:
+    """The model of a recipe, or what stands in for it, which is built into `folder` if it is not there."""
+    stand_in = recipe.stand_in
+    if stand_in is None:
+        return recipe.model
+    from iec.bench.standins import build
+
+    about = fingerprint.plain([stand_in.model, stand_in.options])
+    marker = folder / "stand-in"
+    if not marker.is_file() or marker.read_text(encoding="utf-8") != about:
+        shutil.rmtree(folder, ignore_errors=True)
+        build(stand_in.model, **stand_in.options).save_pretrained(folder)
+        marker.write_text(about, encoding="utf-8")
+    return replace(recipe.model, name=str(folder), revision=None, variant=None)

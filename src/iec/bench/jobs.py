@@ -1,7 +1,8 @@
-"""The tasks that a bench run still has to do, from what is in its folder, and what each of them is for."""
+"""The tasks that a bench run still has to do, from what is in its folder, what each of them is for, and who does them."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,23 @@ from iec.evaluate.arms import Arm
 from iec.evaluate.scale import Sampling
 from iec.evaluate.workers import Task
 from iec.pipeline.models import calibrations
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Who works: see `iec.evaluate.workers.run_tasks`. `number` None: as many as there are cores for, or all of a Ray cluster."""
+
+    number: int | None = None
+    ray: str | None = None
+    gpus: float = 0.0
+    attempts: int = 3
+
+    def count(self, threads: int) -> int | None:
+        """The number of local workers with so many threads each; None: as many as Ray has room for."""
+        if self.number is not None or self.ray is not None:
+            return self.number
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return max(1, cores // threads)
 
 
 @dataclass(frozen=True)

@@ -10,51 +10,30 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from iec.artifact import fingerprint
 from iec.artifact.calibration import Calibration
 from iec.bench.board import Board, Standing
 from iec.bench.cells import Cell, Plan, plan
 from iec.bench.controls import entries, needs_refresh
 from iec.bench.folder import RunFolder
-from iec.bench.identity import model_identity
-from iec.bench.jobs import Job, Jobs
+from iec.bench.identity import model_identity, model_of
+from iec.bench.jobs import Job, Jobs, Workers
 from iec.bench.measure import Measuring
 from iec.bench.recipe import Entry, Recipe
 from iec.bench.report import Report, report
-from iec.bench.specs import ModelSpec
 from iec.bench.store import held
 from iec.evaluate.arms import Arm
 from iec.evaluate.held import HELD
-from iec.evaluate.machine import machine, versions
 from iec.evaluate.statistics import Statistics
 from iec.evaluate.workers import Task, TaskErrors, TaskFailed, run_tasks
 from iec.pipeline.models import calibrations
 
-VERSION = 1
 KEPT = ("evaluations", "reused", "weights", "kernel")  # of a shard's sampling, beside its images
-
-
-@dataclass(frozen=True)
-class Workers:
-    """Who works: see `iec.evaluate.workers.run_tasks`. `number` None: as many as there are cores for, or all of a Ray cluster."""
-
-    number: int | None = None
-    ray: str | None = None
-    gpus: float = 0.0
-    attempts: int = 3
-
-    def count(self, threads: int) -> int | None:
-        """The number of local workers with so many threads each; None: as many as Ray has room for."""
-        if self.number is not None or self.ray is not None:
-            return self.number
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return max(1, cores // threads)
 
 
 @dataclass(frozen=True)
@@ -102,13 +81,13 @@ class _Run:
         """All that is decided before the first task: the model, the cells, run.json, what is left to do."""
         recipe = self.recipe
         _sweep(self.root)
-        self.model = self._model()
+        self.model = model_of(recipe, self.folder.model())
         identity = model_identity(self.model)
         bundled = calibrations(self.model.name)
         first = plan(recipe, identity, bundled)
         self.plan = plan(recipe, identity, bundled, self._controls(first))
         self.jobs = self._jobs()
-        self.folder.describe(self._about(identity, command))
+        self.folder.describe(self.plan, identity, command)
         missing = {(job.cell.hash, job.start) for job in self._of("shard") if job.cell is not None}
         present = {(c.hash, start) for c in self.plan.cells.values() for start, _ in self.folder.wanted(c)} - missing
         self.folder.tidy_timings(present)
@@ -127,22 +106,6 @@ class _Run:
 
     def _of(self, what: str) -> list[Job]:
         return [job for job in self.jobs.by_key.values() if job.what == what]
-
-    def _model(self) -> ModelSpec:
-        """The model of the recipe, or what stands in for it, which is made if need be."""
-        stand_in = self.recipe.stand_in
-        if stand_in is None:
-            return self.recipe.model
-        from iec.bench.standins import build
-
-        folder = self.folder.model()
-        about = fingerprint.plain([stand_in.model, stand_in.options])
-        marker = folder / "stand-in"
-        if not marker.is_file() or marker.read_text(encoding="utf-8") != about:
-            shutil.rmtree(folder, ignore_errors=True)
-            build(stand_in.model, **stand_in.options).save_pretrained(folder)
-            marker.write_text(about, encoding="utf-8")
-        return replace(self.recipe.model, name=str(folder), revision=None, variant=None)
 
     def _controls(self, first: Plan) -> tuple[Entry, ...]:
         """The arms of equal cost, if they are wanted. Calibrations on which costs depend are made before."""
@@ -171,23 +134,6 @@ class _Run:
             self.measuring = Measuring(self.recipe, self.plan, self.folder)
         self.measuring.plan = self.plan
         return Jobs(self.recipe, self.plan, self.folder, self.measuring, self.model, ship)
-
-    def _about(self, identity: str, command: Sequence[str]) -> dict[str, Any]:
-        """What run.json says."""
-        recipe = self.recipe.plain()
-        return {
-            "format": "iec-bench-run",
-            "version": VERSION,
-            "title": self.recipe.title,
-            "recipe": recipe,
-            "model": identity,
-            "stand_in": None if self.recipe.stand_in is None else self.recipe.stand_in.model,
-            "command": list(command),
-            "machine": {key: value for key, value in machine().items() if key != "threads"},
-            "versions": versions(),
-            "fingerprint": fingerprint.plain([recipe, identity]),
-            "cells": [row.plain() for row in self.plan.rows],
-        }
 
     def _stand(self, missing: set[tuple[str, int]]) -> None:
         """Put the cells on the board as they stand."""

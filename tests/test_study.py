@@ -21,6 +21,7 @@ from iec.analysis.spread import geometric, mean, quartiles
 from iec.analysis.study import KINDS, SAMPLES, Study, analyse
 from iec.analysis.trajectory import errors, residuals
 from iec.caches import DeepCache
+from iec.evaluate.sampling import with_scheduler
 from iec.pipeline.installation import installed
 from planted import chaotic, coefficients, pipeline
 
@@ -242,6 +243,16 @@ def test_what_averaging_leaves_is_what_a_correction_leaves() -> None:
     ideal = plain.a * plain.x + b * (exact(plain.x, 0) + exact(plain.y, 0)) / 2
     left = (corrected.y - ideal) / b
     assert row["kept"] == pytest.approx((left.norm() / before.norm()).square().item(), rel=1e-3)
+
+
+def test_the_split_does_not_depend_on_how_a_scheduler_scales_inputs() -> None:
+    """Euler takes DDIM's steps in other coordinates: a correction evaluates its model at the same inputs, as far apart."""
+    models = bent(), pipeline(lambda x, t: torch.tanh(0.7 * x + 0.1) + 0.02 * torch.sin(3 * x))
+    ddim = split(*models, [1, 2], T, 2, distances=(0.03,))
+    euler = split(*(with_scheduler(pipe, "EulerDiscreteScheduler") for pipe in models), [1, 2], T, 2, distances=(0.03,))
+    for row, expected in zip(euler, ddim, strict=True):
+        for name in ("distance", "error", "correlation", "kept"):
+            assert row[name] == pytest.approx(expected[name], rel=1e-2, abs=1e-2), (name, row)
 
 
 def test_whole_passes_of_a_cache_have_no_error_to_split() -> None:

@@ -66,6 +66,11 @@ class Denoise:
         return other
 
     @property
+    def ratio(self) -> float:
+        """How many times as large its inputs are as those of the step's own `denoise` at the same sample."""
+        return self._ratio
+
+    @property
     def modules(self) -> tuple[nn.Module, ...]:
         """The denoisers that are evaluated, each once."""
         return tuple({id(piece.module): piece.module for piece in self._pieces}.values())

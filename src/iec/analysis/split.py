@@ -65,7 +65,7 @@ def split(
         progress: called as progress("split", steps done, steps).
 
     Returns rows: point ("estimate" or "random"), nominal (the distance asked for, None for that of x⁰), step, timestep;
-    `distance`, the mean ‖x′ − x‖/‖x‖; `error`, the mean ‖e(x)‖/‖ε(x)‖; `correlation`, c, and `kept`,
+    `distance`, the mean ‖x′ − x‖/‖x‖ of the model's inputs; `error`, the mean ‖e(x)‖/‖ε(x)‖; `correlation`, c, and `kept`,
     ‖(e(x) + e(x′))/2‖²/‖e(x)‖²: the part of the square error that averaging the two leaves (1 where all is shared, ½ where
     nothing is and both are equally large); both as the mean with its standard error `…_sem`, and as the median with the quartiles
     (`…_median`, `…_median_low`, `…_median_high`), because a few samples may be of another kind; `num`. Samples at which the
@@ -114,10 +114,12 @@ def _errors(real: Step, ideal: Step, points: Sequence[Point]) -> Iterator[tuple[
     size = norms(error)
     relative = size / norms(exact)
     relative = relative.where(relative > roundings(exact.dtype), torch.nan)
-    own = norms(real.estimates[0] - x)
+    # A correction evaluates the model at the estimate; of schedulers that scale the model's inputs, at that of another level.
+    estimate = real.estimates[0] * real.denoise_estimate.ratio
+    own = norms(estimate - x)
     for point in points:
         if point.kind == "estimate":
-            other = real.estimates[0]
+            other = estimate
         else:
             length = own if point.distance is None else point.distance * norms(x)
             other = x + (_directions(real, point) * length.view(-1, *(1,) * (x.dim() - 1))).to(x)

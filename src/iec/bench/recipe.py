@@ -26,6 +26,7 @@ from iec.bench.studies import check_arm, options_of
 from iec.bench.sweeps import Paper, entries
 from iec.evaluate.arms import Arm
 from iec.evaluate.conditions import Conditions
+from iec.evaluate.measures import paired_scores
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -33,6 +34,7 @@ else:  # pragma: no cover - Python 3.10
     import tomli as tomllib
 
 FORMAT, VERSION = "iec-bench", 1
+TARGETS = ("fine", "full")  # images of the same seeds that metrics may name
 
 
 @dataclass(frozen=True)
@@ -213,9 +215,15 @@ def _check(recipe: Recipe, where: str) -> None:
             f"{run.num} evaluated from {run.seed} on; expected other seeds"
         )
     for name in recipe.metrics.names:
-        target = next((t for t in ("fine", "full") if name.endswith(f"_{t}")), None)
-        if target is not None and not getattr(recipe.references, target):
-            raise ValueError(f"{where}.metrics.names: {name} needs references.{target}")
+        try:
+            targets = paired_scores([name])
+        except ValueError as error:
+            raise ValueError(f"{where}.metrics.names: {error}") from error
+        for target in targets:
+            if target not in TARGETS:
+                raise ValueError(f"{where}.metrics.names: {name}: a recipe's targets are {' and '.join(TARGETS)}")
+            if not getattr(recipe.references, target):
+                raise ValueError(f"{where}.metrics.names: {name} needs references.{target}")
 
 
 def _rows(table: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -> tuple[Entry, ...]:

@@ -90,7 +90,11 @@ class MetricsSpec:
     clip: str | None = None
 
     def __post_init__(self) -> None:
-        _at_least_one(self, "draws", "batch_size")
+        _at_least_one(self, "batch_size")
+        if self.draws < 2:
+            raise ValueError(f"draws is {self.draws}, expected at least 2: one resample tells no interval")
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}, expected 0 or more")
         if self.network == "none":  # TOML has no null
             object.__setattr__(self, "network", None)
 

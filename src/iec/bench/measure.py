@@ -52,6 +52,7 @@ class Measuring:
             raise ValueError("metrics.names: clip compares images with their prompts; give conditions.prompt")
         self.network = network_of(recipe.metrics.network, recipe.run.device)
         self.reference = self._reference()
+        self._content = self._digest()
         self._evaluations: dict[str, Evaluation] = {}
 
     def _reference(self) -> ReferenceSet | None:
@@ -68,6 +69,16 @@ class Measuring:
                 f"metrics.names: {lacking[0]} compares with real images, and {self.network.name} has none; give references.data"
             )
         return open_reference(data or self.network.name, self.network, keep=self.folder.root / "references")
+
+    def _digest(self) -> list[str]:
+        """A hash of what a given reference holds, as other images may have its name and number; none of the network's own."""
+        given, own = self.recipe.references.data, (self.network.name, str(self.network.folder))
+        if self.reference is None or given is None or given.partition(":")[0] in own:
+            return []
+        features, moments = self.reference.features, self.reference.moments
+        # Moments that are made of features round by the number of threads.
+        held = {"mean": moments.mean, "scatter": moments.scatter} if features is None else {"features": features}
+        return [fingerprint.tensors(held)]
 
     def targets(self, cell: Cell) -> dict[str, Cell]:
         """The cells whose images of the same seeds a cell's are compared with, by what they are called in metrics."""
@@ -86,7 +97,7 @@ class Measuring:
     def identity(self, cell: Cell) -> str:
         """What a line of results.jsonl depends on beside the images; another one means that it is to be measured again."""
         metrics = self.recipe.metrics
-        reference = None if self.reference is None else [self.reference.name, self.reference.count]
+        reference = None if self.reference is None else [self.reference.name, self.reference.count, *self._content]
         return fingerprint.plain(
             [VERSION, self.key(cell), cell.num, metrics.names, metrics.draws, metrics.seed, reference, cell.needs]
         )[:12]

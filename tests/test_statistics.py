@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -166,3 +168,17 @@ def test_the_first_images_are_those_of_the_lowest_seeds() -> None:
         whole.first(13)
     with pytest.raises(ValueError, match="gives no spatial features, so there is no sFID"):
         make(spatial=None).spatial_moments()
+
+
+def test_a_full_disk_is_an_error_of_the_system(tmp_path: Path) -> None:
+    """What safetensors raises by itself is no OSError, so that nobody would know of the disk."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    file = tmp_path / "a.safetensors"
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+        with pytest.raises(OSError, match=os.strerror(errno.EFBIG)):
+            Statistics("x@1", torch.arange(1000), torch.zeros(1000, 64)).save(file)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())

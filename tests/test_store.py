@@ -82,3 +82,18 @@ def test_one_run_at_a_time(tmp_path: Path) -> None:
         assert other.returncode == 1
         assert f"another run (process {os.getpid()}) is at work in {tmp_path}" in other.stderr
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_full_disk_keeps_the_lines_that_were_to_be_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = Lines(tmp_path / "a.jsonl")
+    for number in range(2):
+        lines.append({"a": number})
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(RuntimeError, match=r"the disk is full, .*a\.jsonl was not written"):
+        lines.keep(lambda value: value["a"] == 1)
+    monkeypatch.undo()
+    assert Lines(lines.path).values == [{"a": 0}, {"a": 1}]

@@ -72,7 +72,8 @@ class Lines:
                     other.append(value)
             self.values = [value for value in self.values if wanted(value)]
             kept = "".join(json.dumps(v, sort_keys=True, ensure_ascii=False) + "\n" for v in self.values)
-            write_text(self.path, kept)
+            with room(self.path):
+                write_text(self.path, kept)
         return len(dropped)
 
 

@@ -122,7 +122,7 @@ class Statistics:
 
     def save(self, file: str | os.PathLike[str]) -> None:
         """Write to a safetensors `file`, atomically."""
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         tensors = {"seeds": self.seeds, **self._features()}
         tensors |= {_SCORE + name: values for name, values in self.scores.items()}
@@ -133,7 +133,8 @@ class Statistics:
                 name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
                 for name, tensor in tensors.items()
             }
-            save_file(held, str(temporary), metadata={"iec": json.dumps(meta)})
+            # Written by us: of a full disk safetensors would say something that is no OSError.
+            temporary.write_bytes(save(held, metadata={"iec": json.dumps(meta)}))
 
     @classmethod
     def load(cls, file: str | os.PathLike[str], network: str | None = None) -> Statistics:

@@ -14,7 +14,9 @@ from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from typer.testing import CliRunner
 
 from iec.cli.app import app
+from iec.cli.evaluate import _lines
 from iec.evaluate import sampled as sampling
+from iec.evaluate.conditions import Conditions
 from iec.evaluate.coverage import precision_recall
 from iec.evaluate.evaluation import difference, evaluate, evaluate_statistics, gather
 from iec.evaluate.features import extract, load_features
@@ -388,6 +390,7 @@ def test_the_command_samples_a_model() -> None:
     [
         ((), "give either images, or --model MODEL"),
         (("x", "--model", "fashion-mnist"), "give either images, or --model MODEL"),
+        ((".", "--draws", "1"), "--draws 1: one resample tells no interval"),
         (("absent",), "absent: no such file or folder"),
         ((".", "--target", "fine"), "expected NAME=IMAGES"),
         ((".", "--network", "vgg"), "unknown feature network 'vgg'"),
@@ -399,3 +402,10 @@ def test_the_command_refuses(arguments: tuple[str, ...], message: str, tmp_path:
     save_each(pictures(2), tmp_path, range(2))
     outcome = CliRunner().invoke(app, ["evaluate", *arguments])
     assert outcome.exit_code == 2 and message in " ".join(outcome.output.split()), outcome.output
+
+
+def test_prompts_belong_to_the_images_that_were_sampled_with_them(tmp_path: Path) -> None:
+    """A line may be empty: that image had no prompt, and the next line is still the next image's."""
+    file = tmp_path / "prompts.txt"
+    file.write_text("a cat\n\n two dogs\n", encoding="utf-8")
+    assert _lines(file) == Conditions({"prompt": {"file": str(file)}}).of(range(3))["prompt"]

@@ -80,6 +80,8 @@ def evaluate(
 
     if (images is None) == (model is None):
         raise ValueError("give either images, or --model MODEL, which is sampled first")
+    if draws == 1:
+        raise ValueError("--draws 1: one resample tells no interval; give 2 or more, or 0 for no intervals")
     place = choose_device(device)
     pairs = [_pair(text, model is not None) for text in target or []]
     others: dict[str, Any] = {name: open_source(spec) for name, spec in pairs if spec is not None}
@@ -149,7 +151,7 @@ def _pair(text: str, sampled: bool) -> tuple[str, str | None]:
 
 def _lines(file: Path) -> list[str]:
     try:
-        return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return file.read_text(encoding="utf-8").splitlines()  # line i is image i's, as `iec sample` reads it
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: no text in UTF-8: {error}") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from iec.bench import standins
 from iec.bench.recipe import Recipe, bundled_recipes, load_recipe
 from iec.caches import CacheQuant
+from iec.evaluate.metrics import inception_splits
 
 # Table: group or arm → (FID without, FID with IEC), copied from the paper once more, not from the recipes.
 QUANTIZED = {
@@ -80,6 +82,14 @@ def test_table_4_has_the_papers_values(name: str, text: dict[str, str], metrics:
             arm = f"CacheQuant N={interval}, {bits}"
             expected |= {arm: values[:metrics], f"{arm} + IEC": values[metrics:]}
     assert {arm: value for arm, value in found.items() if "full precision" not in arm} == expected
+
+
+def test_parts_of_imagenets_inception_score_hold_all_classes() -> None:
+    """A part of 5,000 images in the order of the classes holds 100 classes, so that its score cannot exceed 100."""
+    recipe = load_recipe("table4-imagenet")
+    labels = recipe.conditions_of(recipe.run.seed).of(range(recipe.run.num))["class_labels"]
+    assert Counter(labels) == dict.fromkeys(range(1000), 50)
+    assert all(len(set(labels[start:stop])) == 1000 for start, stop in inception_splits(recipe.run.num))
 
 
 @pytest.mark.parametrize("name", ["table5-bundled", "table5-cifar10", "fig3-bundled", "fig3-cifar10"])

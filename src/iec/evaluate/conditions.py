@@ -11,7 +11,7 @@ from typing import Any
 from iec.artifact.plain import plain, short
 from iec.pipeline.batches import PER_IMAGE
 
-RULES = ("each", "random", "list", "file")
+RULES = ("each", "cycle", "random", "list", "file")
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Conditions:
     rule, i being the number of the image from 0 on:
 
         {"each": 50}       i // 50, for class labels: 50 images of class 0, then 50 of class 1, ...
+        {"cycle": 1000}    i % 1000: one image of each class in turn, so that any part of them holds all classes
         {"random": 1000}   a number in 0..999 that depends on `seed` and i alone
         {"list": [...]}    entry i
         {"file": PATH}     line i of a text file (UTF-8)
@@ -62,7 +63,7 @@ class Conditions:
                 f"conditions: {name} is {short(value)}, expected one value, or a table of one of {', '.join(RULES)}"
             )
         rule, of = next(iter(value.items()))
-        if rule in ("each", "random") and not (isinstance(of, int) and not isinstance(of, bool) and of > 0):
+        if rule in ("each", "cycle", "random") and not (isinstance(of, int) and not isinstance(of, bool) and of > 0):
             raise ValueError(f"conditions: {name}.{rule} is {short(of)}, expected a positive whole number")
         if rule == "list" and not (isinstance(of, list) and of):
             raise ValueError(f"conditions: {name}.list is {short(of)}, expected a list that is not empty")
@@ -95,6 +96,8 @@ class Conditions:
         rule, of = next(iter(value.items()))
         if rule == "each":
             return [index // of for index in indices]
+        if rule == "cycle":
+            return [index % of for index in indices]
         if rule == "random":
             return [_drawn(self.seed, name, index, of) for index in indices]
         if max(indices) >= len(of):

@@ -97,6 +97,21 @@ def test_a_paired_difference_to_the_control_is_used(tmp_path: Path) -> None:
     assert line.endswith("with IEC FID is 3.1 [2.5, 3.6] higher, which is worse.")
 
 
+def test_without_a_paired_difference_only_intervals_that_lie_apart_tell(tmp_path: Path) -> None:
+    found = benchfolder.lines()
+
+    def told(width: float) -> str:
+        for line in found:
+            value = line["metrics"]["fid"]["value"]
+            line["metrics"]["fid"] |= {"low": value - width, "high": value + width}
+        run = load_run(benchfolder.write(tmp_path / f"{width}", found))
+        (line,) = findings(run, run.groups()["cached"], ["fid"])
+        return line
+
+    assert told(1.5).endswith("with IEC FID is 3.1 higher, which is worse (not paired).")
+    assert told(1.6).endswith("with IEC FID is 3.1 higher, their intervals overlap (not paired).")
+
+
 def test_a_difference_whose_interval_holds_zero_is_not_told(tmp_path: Path) -> None:
     found = benchfolder.lines()
     found[5]["differences"]["d" * 16] = benchfolder.difference((-0.4, -1.2, 0.3))
@@ -207,6 +222,12 @@ def test_one_cell_may_stand_in_two_groups(tmp_path: Path) -> None:
     run = load_run(benchfolder.write(tmp_path, found, cells=[*benchfolder.planned(found), again]))
     assert [entry.name for entry in run.entries] == ["DDIM, 100 steps", "W8A8", "the same again"]
     (first, second) = members(run, run.groups()["sweep"])
+    bare = load_run(
+        benchfolder.write(tmp_path / "bare", found, cells=[*benchfolder.planned(found), {**again, "paper": None}])
+    )
+    assert [entry.paper.get("fid") for entry in bare.entries] == [4.19, 4.32, None], (
+        "the paper's value of another table"
+    )
     assert first.name == "DDIM, 100 steps" and (second.name, second.paper) == ("the same again", {"fid": 9.0})
 
 

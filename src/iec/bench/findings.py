@@ -160,5 +160,14 @@ def _beside(entry: Result, rival: Result, known: Quantity, metric: str) -> str:
     digits = known.digits([ours, theirs])
     gain = ours.value - theirs.value
     way = "higher" if gain > 0 else "lower"
-    verdict = "better" if (gain < 0) == known.lower else "worse"
-    return head + f"with IEC {known.label} is {known.number(abs(gain), digits)} {way}, which is {verdict} (not paired)"
+    said = "their intervals overlap"
+    if _apart(ours, theirs):
+        said = f"which is {'better' if (gain < 0) == known.lower else 'worse'}"
+    return head + f"with IEC {known.label} is {known.number(abs(gain), digits)} {way}, {said} (not paired)"
+
+
+def _apart(one: Estimate, other: Estimate) -> bool:
+    """Whether two intervals have nothing in common; without both it cannot be said."""
+    if one.low is None or one.high is None or other.low is None or other.high is None:
+        return False
+    return one.low > other.high or other.low > one.high

@@ -189,7 +189,7 @@ def _as_planned(
             continue
         own = {key: arm[key] for key in ("name", "kind", "group") if arm.get(key) is not None}
         paper = dict(arm.get("paper") or {})
-        if paper:
+        if "paper" in arm:  # none is none, whatever the first row of this cell has
             own |= {"of": paper.pop("of", None), "paper": {name: float(value) for name, value in paper.items()}}
         entries.append(replace(found, **own))
     strange = len(by_cell.keys() - {arm["cell"] for arm in planned})

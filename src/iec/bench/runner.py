@@ -114,12 +114,13 @@ class _Run:
         needed = [row for row in first.rows if needs_refresh(row.entry.arm)]
         self.plan = first
         self.jobs = self._jobs()
-        paths = {row.entry.arm.name: self.jobs.calibration(first.cells[row.cell].calibration) for row in needed}
+        # Not by name: arms of two groups may have the same one.
+        paths = {repr(r.entry.arm.plain()): self.jobs.calibration(first.cells[r.cell].calibration) for r in needed}
         keys = {key for _, after in paths.values() for key in after}
         self._run([job.task for key, job in self.jobs.by_key.items() if key in keys])
 
         def refresh(arm: Arm) -> Iterable[int]:
-            path, after = paths[arm.name]
+            path, after = paths[repr(arm.plain())]
             if path is None or any(self._called(key) in self.failed for key in after):
                 raise ValueError("its calibration failed")
             cache = Calibration.load(path).cache

@@ -15,6 +15,7 @@ import iec
 from iec.analysis.recording import Step, record
 from iec.pipeline.scaling import scale
 from iec.pipeline.unconditional import UnconditionalPipeline
+from planted import pipeline as planted
 from quantized import calibration
 from tiny import CASES, Case, noise, run
 
@@ -235,6 +236,16 @@ def test_steps_that_are_not_affine(scheduler: Any, told: str) -> None:
         assert (step.a is None) == (step.b is None) == (step.reason is not None)
         assert step.reason is None or told in step.reason
         assert apart(step.denoise(step.x), step.eps) < 1e-5
+
+
+def test_a_learned_variance_is_told_and_hinders_no_recording() -> None:
+    """DDPM's step with the variance among the model's outputs cannot be taken with a noise alone."""
+    pipe = planted(lambda x, t: torch.cat([0.3 * x, 0.1 * torch.sin(x)], 1))
+    pipe.scheduler = diffusers.DDPMScheduler(variance_type="learned_range", clip_sample=False)
+    for step in record(pipe, (1, 2), 4, 2):
+        assert step.a is None and step.b is None and "learned variance" in step.reason
+        with pytest.raises(RuntimeError, match="learned variance"):
+            step.denoise(step.x)
 
 
 def test_change_takes_the_place_of_the_next_sample() -> None:

@@ -45,6 +45,10 @@ class AffineProbe:
                 None,
                 f"{type(self.scheduler).__name__} keeps a history, so its step is no function of this sample and output alone",
             )
+        output = self.call.arguments["model_output"]
+        if output.shape != self.x.shape:
+            shapes = f"{tuple(output.shape)} for samples {tuple(self.x.shape)}"
+            return Affine(None, None, f"the scheduler takes more from the model than ε, a learned variance: {shapes}")
         live = Snapshot(self.scheduler, self.x.shape)
         try:
             return self._found()

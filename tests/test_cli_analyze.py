@@ -34,6 +34,7 @@ def iec(*arguments: object) -> Any:
 def test_help_fits_eighty_columns() -> None:
     result = iec("--help")
     assert result.exit_code == 0 and max(map(len, result.output.splitlines())) <= 80
+    assert "…" not in result.output and "residuals" in result.output  # nothing is cut off
 
 
 def test_a_cached_model_is_analysed_and_goes_on(model: Path, tmp_path: Path) -> None:
@@ -91,6 +92,11 @@ def test_sentences_say_what_the_numbers_say() -> None:
         "nearer to full precision's at 1 of 2 steps and farther at 1 (nearer until step 0, farther from step 1 on)"
         in said
     )
+    silent = error("local", False, 2, 0.0, None), error("local", True, 2, 0.1, None)  # the whole pass of a cache
+    ends = [row | {"step": 2} if row["error"] == "accumulated" else row for row in rows]
+    said = reading({"error": [*ends, *silent]})[-1]
+    assert "nearer to full precision's at 1 of 3 steps and farther at 2" in said
+    assert "1 of them where the model alone makes no error" in said
     rows[1] |= {"ratio": 1.2, "ratio_low": 1.1, "ratio_high": 1.3}
     assert "(1.1 … 1.3): farther from full precision" in reading({"error": rows})[1]
     rows[1] |= {"ratio_low": 0.9}
@@ -104,3 +110,6 @@ def test_sentences_say_what_the_numbers_say() -> None:
     first, second = reading({"spectral": norms})
     assert "above 1 at 1 of 2 steps, largest at step 0 (1.5)" in first and "is 0.75." in first
     assert "for λ = 0.5 (of 0.5, 0.9)" in second and "1.2, at step 0 with λ = 0.9" in second
+    assert "lower bound" not in first + second
+    bounded = reading({"spectral": [row | {"lower_bound": row["step"] == 0} for row in norms]})
+    assert bounded[-1].startswith("At 1 of 2 steps the norms are lower bounds")

@@ -401,6 +401,8 @@ def test_averaged() -> None:
     assert first["above"] == pytest.approx(2 / 3)
     assert first["sem"] == pytest.approx(np.std([0.5, 1.5, 4.0], ddof=1) / 3**0.5)
     assert averaged(rows[:1])[0]["sem"] is None
+    assert not first["lower_bound"]
+    assert averaged([rows[0], {**rows[1], "lower_bound": True}])[0]["lower_bound"] is True
 
 
 @pytest.mark.parametrize(

@@ -197,15 +197,21 @@ def _spectral(figure: Any, rows: Sequence[Row]) -> None:
     rows = [{**row, "norm_low": row["least"], "norm_high": row["most"]} for row in rows]
     growths, contractions = _where(rows, quantity="growth"), _where(rows, quantity="contraction")
     panels = bool(growths) + bool(contractions)
+    least = " (lower bounds)" if any(row.get("lower_bound") for row in rows) else ""
     if growths:
         axes = _panel(
-            figure, (1, panels, 1), "Full precision: growth of an error in a step", "‖A + B J‖: mean, least, most"
+            figure,
+            (1, panels, 1),
+            "Full precision: growth of an error in a step",
+            f"‖A + B J‖{least}: mean, least, most",
         )
         _line(axes, growths, "norm", "", PLAIN)
         axes.axhline(1, color=INK, linewidth=0.8)
         _logarithmic(axes, [row["norm"] for row in growths])
     if contractions:
-        axes = _panel(figure, (1, panels, panels), "Full precision: contraction of a correction", "‖(1−λ) I + λ B J‖")
+        axes = _panel(
+            figure, (1, panels, panels), "Full precision: contraction of a correction", f"‖(1−λ) I + λ B J‖{least}"
+        )
         for number, lam in enumerate(sorted({row["lam"] for row in contractions})):
             _line(axes, _where(contractions, lam=lam), "norm", f"λ = {lam:g}", SERIES[number % len(SERIES)])
         axes.axhline(1, color=INK, linewidth=0.8)

@@ -48,6 +48,13 @@ def _spectral(rows: Sequence[Row]) -> list[str]:
             f"‖(1−λ)I + λBJ‖ is below 1 at every step for λ = {shown} (of {', '.join(f'{lam:g}' for lam in factors)}); the "
             f"largest is {_number(worst['norm'])}, at step {worst['step']} with λ = {worst['lam']:g}."
         )
+    steps = {row["step"] for row in rows}
+    least = {row["step"] for row in rows if row.get("lower_bound")}
+    if least:
+        said.append(
+            f"At {len(least)} of {len(steps)} steps the norms are lower bounds, from finite differences, so that the true ones "
+            "may be larger: the model has no exact derivative there."
+        )
     return said
 
 
@@ -76,10 +83,15 @@ def _error(rows: Sequence[Row]) -> list[str]:
     local = _where(rows, error="local", corrected=True, against="full", model="efficient")
     if local:
         better = [row["step"] for row in local if row["ratio_high"] is not None and row["ratio_high"] < 1]
+        # Where nothing is wrong (whole passes of a cache) there is no ratio, but whatever a correction does leads away.
+        exact = {row["step"] for row in _where(rows, error="local", corrected=False) if row["median"] == 0}
+        spoilt = [row["step"] for row in local if row["step"] in exact and row["median"] > 0]
         worse = [row["step"] for row in local if row["ratio_low"] is not None and row["ratio_low"] > 1]
+        worse = sorted({*worse, *spoilt})
+        alone = f", {len(spoilt)} of them where the model alone makes no error" if spoilt else ""
         said.append(
             f"Begun at the full-precision sample, the corrected step lies nearer to full precision's at {len(better)} of "
-            f"{len(local)} steps and farther at {len(worse)}{_first(better, worse)}."
+            f"{len(local)} steps and farther at {len(worse)}{alone}{_first(better, worse)}."
         )
     return said
 

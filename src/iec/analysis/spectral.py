@@ -141,7 +141,8 @@ def averaged(rows: Iterable[Row]) -> list[Row]:
     """Means over the samples: a row for each quantity, lam, at and step, in that order.
 
     norm (mean), least, most, sem (standard error of the mean; None for one sample), above (share of samples with norm > 1),
-    num, error (the largest), and what they have in common: quantity, lam, at, step, timestep.
+    num, error (the largest), lower_bound (whether some norm is one), and what they have in common: quantity, lam,
+    at, step, timestep.
     """
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
@@ -160,6 +161,7 @@ def averaged(rows: Iterable[Row]) -> list[Row]:
                 "above": float((values > 1).double().mean()),
                 "num": len(values),
                 "error": max(row["error"] for row in group),
+                "lower_bound": any(row["lower_bound"] for row in group),
             }
         )
     return means

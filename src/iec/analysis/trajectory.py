@@ -162,7 +162,8 @@ def residuals(
 
     With several factors in `correction["relax"]` they tell whether the iteration contracts: `contraction` is the geometric mean
     over samples of ‖y′ − y‖ over the one before (None for the first), below 1 where it does. It is the growth of that very
-    difference by the map x ↦ (1−λ)x + λ Φ(x_t, ε(x)), and so at most the norm of its derivative (Fig. 1b).
+    difference by the map x ↦ (1−λ)x + λ Φ(x_t, ε(x)), and so, to first order, at most the norm of its derivative (Fig. 1b). A
+    sample that `tol` has frozen stays where it is, which counts as 1.
 
     Returns rows: model, step, timestep, correction (1 … K), residual with residual_sem, its median with the quartiles
     (residual_median, …_low, …_high), contraction with contraction_low, contraction_high, and num.

@@ -20,7 +20,8 @@ def analyze(
         str | None,
         typer.Option(
             metavar="KINDS",
-            help="Of spectral,error,growth,split,residuals; error and split need --quant or --cache.  [default: all that can be]",
+            help="Of spectral, error, growth, split, residuals, with commas between; error and split need --quant or --cache.  "
+            "[default: all that can be]",
         ),
     ] = None,
     quant: Annotated[

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import re
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
@@ -340,3 +342,16 @@ def test_images_come_from_as_many_shards_as_it_takes(tmp_path: Path) -> None:
         np.savez(tmp_path / "cells" / line["cell"] / "000003.npz", images=np.broadcast_to(shades, (6, 1, 28, 28)))
     (first, *_) = report(tmp_path).sections[0].strips
     assert first.images[:, 0, 0, 0].tolist() == [0, 9, 18, 3, 4, 5, 6, 7, 8]
+
+
+def test_a_full_disk_is_told_and_the_report_before_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = report(benchfolder.write(tmp_path)).html.read_bytes()
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(RuntimeError, match=r"the disk is full, .*report\.md was not written"):
+            report(tmp_path)
+    assert (tmp_path / "report.html").read_bytes() == before

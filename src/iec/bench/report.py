@@ -19,6 +19,7 @@ from iec.bench.gallery import Picture, figures, rows_of_images, strips
 from iec.bench.pareto import COLOURS, Chart, chart, svg
 from iec.bench.pictures import Strip, sheet, strip
 from iec.bench.results import Result, Run, load_run
+from iec.bench.store import room
 from iec.bench.tables import Table, further, members, quality
 
 MANY = 6  # controls beyond which they have a table of their own
@@ -66,7 +67,7 @@ class Report:
 def report(folder: str | Path) -> Report:
     """Write report.md and report.html into the folder of a bench, finished or not, and return what they say.
 
-    Raises ValueError as `iec.bench.results.load_run` does.
+    Raises ValueError as `iec.bench.results.load_run` does, RuntimeError for a full disk.
     """
     run = load_run(folder)
     listed = run.metrics
@@ -81,8 +82,10 @@ def report(folder: str | Path) -> Report:
         tuple(rows_of_images(run)),
     )
     pictures, about = figures(run), facts(run)
-    write_text(made.markdown, _markdown(made, about, pictures))
-    write_text(made.html, _html(made, about, pictures))
+    with room(made.markdown):
+        write_text(made.markdown, _markdown(made, about, pictures))
+    with room(made.html):
+        write_text(made.html, _html(made, about, pictures))
     return made
 
 

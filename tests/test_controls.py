@@ -222,6 +222,16 @@ def test_what_cannot_be_equalled_is_told() -> None:
         sweeps(arm(steps=None), T=(10,))
 
 
+def test_the_last_step_alone_has_no_correction_at_the_next_timestep() -> None:
+    """Such an arm would be refused when it is sampled."""
+    made = Arm.of({"num_inference_steps": 4, "steps": "last:1"})
+    refused = replace(made, probe="next")
+    with prepared(tiny(), refused) as pipe, pytest.raises(ValueError, match="has no next timestep"):
+        sample(pipe, [0], 4)
+    assert {each.probe for each in controls(made, DDIM)} == {"estimate", "start:0.1", "start:1"}
+    assert "next" in {each.probe for each in controls(replace(made, steps="last:2"), DDIM)}
+
+
 def test_every_control_can_be_sampled() -> None:
     pipe = tiny()
     corrected = arm(num_inference_steps=10, cache="deepcache:3", steps="refresh")

@@ -177,7 +177,17 @@ def _probes(arm: Arm, base: Arm, scheduler: Any, budget: float) -> list[Arm]:
         if found is None:
             return []
         made = found
-    return [replace(made, probe=probe) for probe in PROBES]
+    return [each for each in (replace(made, probe=probe) for probe in PROBES) if _corrects(each, scheduler)]
+
+
+def _corrects(made: Arm, scheduler: Any) -> bool:
+    """Whether its probe leaves something to correct: the last step has no next timestep."""
+    if made.probe != "next":
+        return True
+    try:
+        return passes(made, scheduler) != passes(replace(made, steps=None), scheduler)
+    except ValueError:  # refresh steps that only a calibration knows; step 0 is among them
+        return True
 
 
 def _fewer(made: Arm, scheduler: Any, budget: float) -> Arm | None:

@@ -313,8 +313,10 @@ def test_an_exception_of_the_driver_ends_workers_in_the_midst_of_tasks(tmp_path:
     assert len(pids) == 2 and all(gone(pid) for pid in pids)
 
 
+# A shell starts what runs in its background with interrupts ignored, which would be handed down.
 DRIVER = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.insert(0, {here!r})
 from iec.evaluate.workers import Task, run_tasks
 tasks = [Task(mark, "workertasks:sleeps", {{"mark": mark}}) for mark in {marks!r}]

@@ -376,6 +376,19 @@ def test_what_is_no_noise_is_not_scaled(make: Any, said: str) -> None:
     assert pipe.scheduler is scheduler
 
 
+def test_a_copied_scheduler_scales_too() -> None:
+    """As it corrects: pipelines copy theirs within a run, users for another thread."""
+    pipe = CASES["ddim"].build()
+    with scale(pipe, 0.9):
+        own, *others = pipe.scheduler, copy.copy(pipe.scheduler), copy.deepcopy(pipe.scheduler)
+        sample, output = torch.ones(1, 3, 8, 8), torch.full((1, 3, 8, 8), 0.5)
+        made = []
+        for scheduler in (own, *others):
+            scheduler.set_timesteps(4)
+            made.append(scheduler.step(output, scheduler.timesteps[0], sample).prev_sample)
+    assert torch.equal(made[0], made[1]) and torch.equal(made[0], made[2])
+
+
 @pytest.mark.parametrize(
     ("factor", "kind"),
     [(0, ValueError), (-1, ValueError), (float("nan"), ValueError), ("1", TypeError), (True, TypeError)],

@@ -100,6 +100,7 @@ class IECScheduler:
     def _with(self, inner: Any) -> IECScheduler:
         state = self.iec
         other = IECScheduler(inner, state.steps, *state.relaxation)
+        other.iec.scale = state.scale
         other.iec.join(state)
         return other
 

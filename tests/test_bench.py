@@ -352,6 +352,7 @@ def test_controls_stand_beside_the_arms_that_they_are_equal_to(model: Path, tmp_
     controls = [line for line in found.values() if line["kind"] == "control"]
     assert len(controls) >= 10 and {line["group"] for line in controls} == {"a"}
     assert {line["full"] for line in controls} <= {full, None}
+    assert all("rmse_full" in line["differences"][found["IEC"]["cell"]] for line in controls if line["full"])
 
 
 def test_figures_are_drawn_once(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

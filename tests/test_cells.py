@@ -63,6 +63,19 @@ def test_what_is_compared_with_what() -> None:
     ]
 
 
+def test_controls_are_compared_with_the_corrected_arms_of_their_group() -> None:
+    arms = (
+        {"group": "a", "steps": "all"},
+        {"group": "a", "kind": "control", "steps": "all", "probe": "next"},
+        {"group": "b", "quant": "w8a8", "steps": "all"},
+        {"group": "b", "kind": "control", "num_inference_steps": 40},
+    )
+    made = plan(recipe(*arms), "m")
+    corrected, next_one, quantized, longer = (cell(made, f"arm {index}") for index in range(4))
+    assert next_one.rivals == (corrected.hash,) and longer.rivals == (quantized.hash,)
+    assert next_one.beside == (corrected.baseline, corrected.hash) and corrected.rivals == quantized.rivals == ()
+
+
 def test_a_reference_that_a_table_shows_needs_no_row_of_its_own() -> None:
     made = plan(recipe({"group": "a"}), "m")
     assert [(row.entry.arm.name, row.entry.group) for row in made.rows] == [("arm 0", "a")]

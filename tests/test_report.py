@@ -97,6 +97,10 @@ def test_a_paired_difference_to_the_control_is_used(tmp_path: Path) -> None:
     run = load_run(benchfolder.write(tmp_path, found))
     (line,) = findings(run, run.groups()["cached"], ["fid"])
     assert line.endswith("with IEC FID is 3.1 [2.5, 3.6] higher, which is worse.")
+    table = quality(run, members(run, run.groups()["cached"]), "fid")
+    place = table.heads.index("− with IEC")
+    assert [row.cells[place].text for row in table.rows if row.kind == "control"] == ["−3.1 [−3.6, −2.5]"]
+    assert "− with IEC" not in quality(run, members(run, run.groups()["quantized"]), "fid").heads
 
 
 def test_without_a_paired_difference_only_intervals_that_lie_apart_tell(tmp_path: Path) -> None:

@@ -37,7 +37,8 @@ class Cell:
     it, so that a run can be prolonged.
 
     Hashes of other cells: `calibration`; `baseline`, the same without correction; `full`, what it is compared with in full
-    precision; `fine`, the fine solution. None: there is none, or it is this one.
+    precision; `fine`, the fine solution. None: there is none, or it is this one. `rivals` of a control: the corrected arms of its
+    group.
     """
 
     hash: str
@@ -48,12 +49,19 @@ class Cell:
     baseline: str | None = None
     full: str | None = None
     fine: str | None = None
+    rivals: tuple[str, ...] = ()
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """The cells that its metrics are compared with, pair by pair."""
+        others = (self.baseline, self.full, *self.rivals)
+        return tuple(dict.fromkeys(other for other in others if other is not None and other != self.hash))
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """The cells that it is compared with."""
-        others = (self.baseline, self.full, self.fine)
-        return tuple(dict.fromkeys(other for other in others if other is not None and other != self.hash))
+        """All cells without which it cannot be measured."""
+        fine = () if self.fine is None else (self.fine,)
+        return tuple(dict.fromkeys((*self.beside, *fine)))
 
 
 @dataclass(frozen=True)
@@ -132,10 +140,20 @@ class _Planning:
             self.whole = self._row(Entry(arm, REFERENCES))
         for entry in (*recipe.entries, *controls):
             self._entry(entry)
+        self._pit()
         named = {row.cell for row in self.rows if row.entry.group != REFERENCES}
         # A reference that a table of the recipe shows, too, needs no row of its own.
         rows = [row for row in self.rows if row.entry.group != REFERENCES or row.cell not in named]
         return Plan(self.cells, self.calibrations, tuple(rows), tuple(self._figures()))
+
+    def _pit(self) -> None:
+        """Have every control compared with the corrected arms of its group."""
+        for row in self.rows:
+            if row.entry.arm.kind != "control":
+                continue
+            rivals = [r.cell for r in self.rows if r.entry.group == row.entry.group and r.entry.arm.kind == "corrected"]
+            held = self.cells[row.cell]
+            self.cells[row.cell] = replace(held, rivals=tuple(dict.fromkeys((*held.rivals, *rivals))))
 
     def _figures(self) -> Iterator[FigureCell]:
         """The figures that are analyses; pictures of images are made of the cells."""

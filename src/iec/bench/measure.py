@@ -135,7 +135,7 @@ class Measuring:
         ours = self.evaluation(cell)
         notes = [f"{name} left out: {why}" for name, why in self.refused.items()]
         differences = {}
-        for other in dict.fromkeys(one for one in (cell.baseline, cell.full) if one not in (None, cell.hash)):
+        for other in cell.beside:
             theirs = self.evaluation(self.plan.cells[other])
             if theirs.count == ours.count:
                 differences[other] = _plain(difference(ours, theirs))

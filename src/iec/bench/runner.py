@@ -231,13 +231,12 @@ class _Run:
         self.left[cell.hash] -= 1
         if self.left[cell.hash] == 0:
             for other in self.plan.cells.values():
-                if other.hash == cell.hash or cell.hash in (other.baseline, other.full):
+                if cell.hash in (other.hash, *other.beside):
                     self._measure(other)
 
     def _measure(self, cell: Cell) -> None:
         """Append the line of a cell, if it is not there and all that it needs is."""
-        needed = [other for other in (cell.hash, cell.baseline, cell.full) if other is not None]
-        if cell.hash in self.measured or any(self.left[other] for other in needed):
+        if cell.hash in self.measured or any(self.left[other] for other in (cell.hash, *cell.beside)):
             return
         self.board.set(cell.hash, "measures")
         try:

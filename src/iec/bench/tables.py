@@ -73,15 +73,16 @@ def quality(
 
     Entries that are not `only`'s are left out, but count in the numbers of the rows.
     """
+    listed = [index for index, entry in enumerate(shown) if only(entry)]
     columns = [] if metric is None else _columns(run, shown, metric)
+    columns = [(head, cells) for head, cells in columns if any(cells[index].text != "–" for index in listed)]
     timed = any(entry.timing for entry in shown)
     peaks = any(entry.timing and entry.timing.peak for entry in shown)
     heads = ["", "arm", *(head for head, _ in columns), "passes"]
     heads += ["s / image"] * timed + ["peak MiB"] * peaks + ["weights MiB"]
     rows = []
-    for index, entry in enumerate(shown):
-        if not only(entry):
-            continue
+    for index in listed:
+        entry = shown[index]
         cells = [Cell(str(index + 1)), Cell(_named(run, entry)), *(cells[index] for _, cells in columns)]
         cells.append(Cell(passes(entry.whole, entry.reused)))
         if timed:
@@ -106,7 +107,8 @@ def further(run: Run, shown: Sequence[Result], metrics: Sequence[str]) -> Table 
 
 
 def _columns(run: Run, shown: Sequence[Result], metric: str, full: bool = True) -> list[tuple[str, list[Cell]]]:
-    """Heads and cells of one metric: the paper's, ours, − without IEC, − full precision; empty columns are left out."""
+    """Heads and cells of one metric: the paper's, ours, − without IEC, − full precision; of controls beside a single corrected
+    arm, − that arm. Empty columns are left out."""
     known = quantity(metric)
     values = [entry.metrics.get(metric) for entry in shown]
     digits = known.digits(value for value in values if value is not None)
@@ -121,6 +123,9 @@ def _columns(run: Run, shown: Sequence[Result], metric: str, full: bool = True) 
     compared = [("− without IEC", [_difference(entry, run.baseline(entry), metric) for entry in shown])]
     if full:
         compared.append(("− full precision", [_difference(entry, run.full(entry), metric) for entry in shown]))
+    corrected = [entry for entry in shown if entry.kind == "corrected"]
+    if len(corrected) == 1:
+        compared.append(("− with IEC", [_difference(entry, corrected[0], metric) for entry in shown]))
     for head, found in compared:
         if any(found):
             label = head if full else f"{known.label} {head}"

@@ -294,7 +294,10 @@ def test_conditions_are_known_by_what_they_are(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"class_labels": {"every": 5}}, "class_labels is .*expected one value, or a table of one of each, cycle, random"),
+        (
+            {"class_labels": {"every": 5}},
+            "class_labels is .*expected one value, or a table of one of each, cycle, random",
+        ),
         ({"class_labels": {"each": 5, "random": 3}}, "expected one value, or a table of one of"),
         ({"class_labels": {"each": 0}}, "class_labels.each is 0, expected a positive whole number"),
         ({"class_labels": {"random": True}}, "class_labels.random is True"),

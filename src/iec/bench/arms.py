@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,12 +12,11 @@ from iec.artifact.calibration import Calibration
 from iec.evaluate.arms import Arm, prepared
 from iec.evaluate.sampling import measure, sample
 from iec.evaluate.similarity import fidelity
+from iec.evaluate.warmup import warm_up
 from iec.pipeline.adapters import denoisers
 from iec.pipeline.installation import installed
 from iec.pipeline.quantizing import quantized
 from iec.pipeline.session import summary
-
-WARM_UP = 2  # evaluations of each arm before it is timed
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ def run_arm(
     allocated and kernels are chosen, and compiled where need be.
     """
     with prepared(pipe, arm, calibration) as ready:
-        _warm_up(ready, arm, seeds[:batch_size])
+        warm_up(ready, arm, seeds[:batch_size])
         with measure(ready) as cost:
             images = sample(ready, seeds, arm.num_inference_steps, batch_size, **arm.kwargs)
         reused = summary(ready).reused or 0
@@ -64,29 +62,6 @@ def run_arm(
     batches = -(-len(seeds) // batch_size)
     rmse, psnr = (close.rmse, close.psnr) if close is not None else (None, None)
     return Outcome(arm, images, cost.evaluations // batches, reused, cost.seconds, weights, kernel, rmse, psnr)
-
-
-class _Warm(Exception):
-    """Ends a run that is long enough."""
-
-
-def _warm_up(pipe: Any, arm: Arm, seeds: Sequence[int]) -> None:
-    """Begin the arm's own run, since a calibration serves no other, and break off after the first evaluations."""
-    begun = 0
-
-    def count(*_: Any) -> None:
-        nonlocal begun
-        begun += 1
-        if begun > WARM_UP:
-            raise _Warm
-
-    handles = [model.register_forward_pre_hook(count) for model in denoisers(pipe).values()]
-    try:
-        with contextlib.suppress(_Warm):
-            sample(pipe, seeds, arm.num_inference_steps, len(seeds), **arm.kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _weights(pipe: Any, calibration: Calibration | None) -> int:

@@ -14,11 +14,8 @@ from iec.artifact import fingerprint
 from iec.artifact.calibration import Calibration
 from iec.evaluate.arms import Arm, prepared
 from iec.evaluate.machine import choose_device
-from iec.evaluate.sampling import sample
-from iec.pipeline.adapters import denoisers
+from iec.evaluate.warmup import warm_up
 from iec.pipeline.models import load
-
-WARM_UP = 2  # evaluations before a clock may run: memory is allocated, kernels are chosen, and compiled where need be
 
 
 class Held:
@@ -70,7 +67,7 @@ class Held:
             pipe = self.pipeline(model, options, dtype, device)
             tables = None if calibration is None else Calibration.load(calibration)
             self._ready = self._on.enter_context(prepared(pipe, arm, tables, kernel))
-            _warm_up(self._ready, arm, seeds, conditions)
+            warm_up(self._ready, arm, seeds, **conditions)
             self._arm = wanted
         return self._ready
 
@@ -99,26 +96,3 @@ def calibration_digest(folder: Path) -> str:
         return hashlib.sha256((folder / "calibration.json").read_bytes()).hexdigest()
     except OSError as error:
         raise ValueError(f"{folder} holds no calibration: {error}") from error
-
-
-class _Warm(Exception):
-    """Ends a run that is long enough."""
-
-
-def _warm_up(pipe: Any, arm: Arm, seeds: Sequence[int], conditions: dict[str, Any]) -> None:
-    """Begin the arm's own run, since a calibration serves no other, and break off after the first evaluations."""
-    begun = 0
-
-    def count(*_: Any) -> None:
-        nonlocal begun
-        begun += 1
-        if begun > WARM_UP:
-            raise _Warm
-
-    handles = [model.register_forward_pre_hook(count) for model in denoisers(pipe).values()]
-    try:
-        with contextlib.suppress(_Warm):
-            sample(pipe, seeds, arm.num_inference_steps, len(seeds), **arm.kwargs, **conditions)
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -1,4 +1,4 @@
-"""The first evaluations of an arm, before a clock may run: memory is allocated, kernels are chosen and, where need be, compiled."""
+"""The first evaluations of an arm, before a clock may run: memory is allocated, kernels are chosen, some are compiled."""
 
 from __future__ import annotations
 

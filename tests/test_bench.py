@@ -160,6 +160,34 @@ def test_real_images_are_looked_at_once(model: Path, tmp_path: Path, monkeypatch
     assert not bench(of_a_folder, tmp_path / "run", workers=Workers(0)).failed
 
 
+def test_what_another_run_has_made_is_taken_from_it(
+    model: Path, finished: tuple[Path, Outcome, float], tmp_path: Path
+) -> None:
+    other = shutil.copytree(finished[0], tmp_path / "other")
+    by_name = {line["name"]: line["cell"] for line in lines(other)}
+    with open(other / "cells" / by_name["DDIM"] / "shard-00000002.npz", "r+b") as file:
+        file.truncate(100)
+    before = content(other)
+    longer = recipe(
+        model, *ARMS, {"name": "new", "quant": "w8a8", "steps": "all"}, run={**table(model)["run"], "num": 6}
+    )
+    told: list[str] = []
+    taken = tmp_path / "taken"
+    assert not bench(longer, taken, workers=Workers(0), reused=[other], board=Board(told=told.append)).failed
+    # Of five arms two shards of two; the last shard is longer now, and one is damaged; of the fine solution 3 images.
+    assert told[0] == f"{5 * 4 - 2 + 3} images were taken from {other}"
+    assert not [text for text in told if text.startswith("the calibration")]
+    old = {(line["cell"], line["start"]): line for line in lines(other, "timings.jsonl")}
+    times = [line for line in lines(taken, "timings.jsonl") if old.get((line["cell"], line["start"])) == line]
+    assert len(times) == 5 * 2 - 1 + 2
+    fresh = tmp_path / "fresh"
+    bench(longer, fresh, workers=Workers(0))
+    assert content(fresh) == content(taken)
+    assert content(other) == before
+    with pytest.raises(ValueError, match=r"--reuse .*nowhere: no run\.json"):
+        bench(longer, tmp_path / "other run", reused=[tmp_path / "nowhere"])
+
+
 def test_another_arm_and_more_images_go_on_from_what_is_there(
     model: Path, finished: tuple[Path, Outcome, float], tmp_path: Path
 ) -> None:

@@ -137,10 +137,7 @@ class RunFolder:
 
     def has_figure(self, cell: FigureCell) -> bool:
         """Whether this very figure is there."""
-        try:
-            return json.loads((self.figure(cell) / FIGURE).read_text(encoding="utf-8")).get("figure") == cell.hash
-        except (OSError, ValueError, AttributeError):
-            return False
+        return figure_hash(self.figure(cell)) == cell.hash
 
     def keep_figure(self, cell: FigureCell, files: Mapping[str, bytes]) -> None:
         """Write the files of a figure, all or none, in the place of those of another one."""
@@ -157,6 +154,20 @@ class RunFolder:
         last = {(line["cell"], line["start"]): id(line) for line in self.timings.values}
         kept = {number for key, number in last.items() if key in present}
         self.timings.keep(lambda line: id(line) in kept)
+
+
+def figure_hash(folder: Path) -> str | None:
+    """Which figure lies in `folder`; None if none that is whole does."""
+    try:
+        return json.loads((folder / FIGURE).read_text(encoding="utf-8")).get("figure")
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def folder_files(folder: Path) -> dict[str, bytes]:
+    """The files of a folder and its folders, by relative name."""
+    found = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
 
 
 def keep_folder(folder: Path, files: Mapping[str, bytes]) -> None:

@@ -26,6 +26,7 @@ from iec.bench.jobs import Job, Jobs, Workers
 from iec.bench.measure import Measuring
 from iec.bench.recipe import Entry, Recipe
 from iec.bench.report import Report, report
+from iec.bench.reuse import reuse
 from iec.bench.store import held
 from iec.evaluate.arms import Arm
 from iec.evaluate.held import HELD
@@ -49,6 +50,7 @@ def bench(
     out: str | os.PathLike[str],
     *,
     workers: Workers | None = None,
+    reused: Sequence[Path] = (),
     command: Sequence[str] = (),
     board: Board | None = None,
 ) -> Outcome:
@@ -56,23 +58,25 @@ def bench(
 
     Args:
         workers: who works; how many makes no difference to the results.
+        reused: folders of other runs, from which is taken what this one needs (see `iec.bench.reuse`).
         command: what the user typed, for the report.
         board: is told how far the run is.
 
-    Raises ValueError for a recipe that cannot be run here, before anything is sampled; RuntimeError when another run is at work
-    there, or the disk is full. Arms that fail do not stop the others: they are in the outcome.
+    Raises ValueError, before anything is sampled, for a recipe that cannot be run here, or a folder without a run in `reused`;
+    RuntimeError when another run is at work there, or the disk is full. Arms that fail do not stop the others: they are in the
+    outcome.
     """
     root = Path(out)
     with held(root):
-        run = _Run(recipe, root, workers or Workers(), board or Board())
+        run = _Run(recipe, root, workers or Workers(), board or Board(), reused)
         run.prepare(command)
         run.work()
     return Outcome(report(root), run.failed)
 
 
 class _Run:
-    def __init__(self, recipe: Recipe, root: Path, workers: Workers, board: Board) -> None:
-        self.recipe, self.root, self.workers, self.board = recipe, root, workers, board
+    def __init__(self, recipe: Recipe, root: Path, workers: Workers, board: Board, reused: Sequence[Path] = ()) -> None:
+        self.recipe, self.root, self.workers, self.board, self.reused = recipe, root, workers, board, reused
         self.failed: dict[str, str] = {}
         self.folder = RunFolder(root, recipe)
         self.measuring: Any = None
@@ -85,7 +89,10 @@ class _Run:
         identity = model_identity(self.model)
         bundled = calibrations(self.model.name)
         first = plan(recipe, identity, bundled)
+        self._reuse(first)
         self.plan = plan(recipe, identity, bundled, self._controls(first))
+        if recipe.controls.enabled:
+            self._reuse(self.plan)
         self.jobs = self._jobs()
         self.folder.describe(self.plan, identity, command)
         missing = {(job.cell.hash, job.start) for job in self._of("shard") if job.cell is not None}
@@ -103,6 +110,11 @@ class _Run:
             if job.cell is not None:
                 self.left[job.cell.hash] += 1
         self._stand(missing)
+
+    def _reuse(self, plan: Plan) -> None:
+        for other in self.reused:
+            if taken := reuse(self.folder, plan, other):
+                self.board.told(f"{taken} images were taken from {other}")
 
     def _of(self, what: str) -> list[Job]:
         return [job for job in self.jobs.by_key.values() if job.what == what]

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from iec.artifact.calibration import Calibration
+from iec.bench.folder import folder_files
 from iec.bench.measure import network_of
 from iec.calibration.calibrate import calibrate
 from iec.evaluate import scale
@@ -51,12 +52,6 @@ def files_of(calibration: Calibration) -> dict[str, bytes]:
         folder = Path(temporary) / "calibration"
         calibration.save(folder)
         return folder_files(folder)
-
-
-def folder_files(folder: Path) -> dict[str, bytes]:
-    """The files of a folder and its folders, by relative name."""
-    found = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
 
 
 def sample_shard(arguments: dict[str, Any], files: tuple[Path, ...]) -> dict[str, Any]:

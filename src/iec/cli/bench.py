@@ -32,6 +32,10 @@ def bench(
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder of the run.  [default: out/bench/NAME, -quick, ...]")
     ] = None,
+    reuse: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="DIR", help="Take what another run has made already; may be given several times."),
+    ] = None,
     num: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Images of each arm.  [default: the recipe's]")
     ] = None,
@@ -63,7 +67,8 @@ def bench(
     try:
         with _shown(board):
             command = ["iec", *sys.argv[1:]]
-            outcome = run(chosen, folder, workers=Workers(workers, ray, gpus), command=command, board=board)
+            how = Workers(workers, ray, gpus)
+            outcome = run(chosen, folder, workers=how, reused=reuse or (), command=command, board=board)
     except KeyboardInterrupt:
         stderr.print(f"Stopped; what is done is in {folder}. The same command goes on from there.", style="yellow")
         raise typer.Exit(130) from None

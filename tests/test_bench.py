@@ -28,6 +28,7 @@ from iec.bench.runner import Outcome, Workers, bench
 from iec.cli.app import app
 from iec.cli.bench import drawn
 from iec.evaluate import workers
+from iec.evaluate.shards import ShardSet
 
 ARMS = (
     {"name": "DDIM", "group": "full precision"},
@@ -305,6 +306,21 @@ def test_damaged_files_are_made_again(model: Path, finished: tuple[Path, Outcome
         assert not bench(recipe(model), folder, workers=Workers(0)).failed
     assert content(folder) == content(finished[0])
     assert len(lines(folder, "timings.jsonl")) == len(lines(finished[0], "timings.jsonl"))
+
+
+def test_shards_of_different_kernels_are_told(
+    model: Path, finished: tuple[Path, Outcome, float], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(finished[0], tmp_path / "copy")
+    cell = {line["name"]: line["cell"] for line in lines(folder)}["W8A8"]
+    shards = ShardSet.open(folder / "cells" / cell)
+    shards.write(2, **{**shards.read(2), "kernel": np.array("another")})
+    (folder / "results.jsonl").unlink()
+    assert not bench(recipe(model), folder, workers=Workers(0)).failed
+    line = {line["name"]: line for line in lines(folder)}["W8A8"]
+    first = {line["name"]: line for line in lines(finished[0])}["W8A8"]["kernel"]
+    assert line["kernel"] == f"another and {first}"
+    assert line["notes"] == [f"sampled by different kernels, another and {first}, which round differently"]
 
 
 def test_an_arm_that_fails_does_not_stop_the_others(

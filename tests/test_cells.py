@@ -111,8 +111,8 @@ def test_the_number_of_images_prolongs_a_cell() -> None:
     ids=str,
 )
 def test_what_the_images_depend_on_is_in_the_hash(tables: dict[str, Any]) -> None:
-    one = plan(recipe({"quant": "w8a8"}), "m", ["w8a8-20"])
-    other = plan(recipe({"quant": "w8a8"}, **tables), "m", ["w8a8-20"])
+    one = plan(recipe({"quant": "w8a8"}), "m", {"w8a8-20": "x"})
+    other = plan(recipe({"quant": "w8a8"}, **tables), "m", {"w8a8-20": "x"})
     assert cell(one, "arm 0").hash != cell(other, "arm 0").hash
     assert cell(one, "arm 0").hash != cell(plan(recipe({"quant": "w8a8"}), "n"), "arm 0").hash
 
@@ -122,8 +122,10 @@ def test_calibrations_are_shared_and_bundled_ones_taken() -> None:
     made = plan(recipe(*arms), "m")
     (only,) = made.calibrations.values()
     assert only.bundled is None and {cell(made, f"arm {i}").calibration for i in range(3)} == {only.hash}
-    bundled = plan(recipe(*arms, calibration={"bundled": True}), "m", ["w8a8-20"])
+    bundled = plan(recipe(*arms, calibration={"bundled": True}), "m", {"w8a8-20": "x"})
     assert [one.bundled for one in bundled.calibrations.values()] == ["w8a8-20"]
+    changed = plan(recipe(*arms, calibration={"bundled": True}), "m", {"w8a8-20": "y"})
+    assert cell(changed, "arm 0").hash != cell(bundled, "arm 0").hash
 
 
 def test_figures_are_of_arms_or_of_full_precision() -> None:

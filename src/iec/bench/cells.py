@@ -7,7 +7,7 @@ cells again that did not change.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -110,19 +110,19 @@ class Plan:
         return next(row for row in self.rows if row.cell == cell)
 
 
-def plan(recipe: Recipe, model: str, bundled: Iterable[str] = (), controls: Iterable[Entry] = ()) -> Plan:
+def plan(recipe: Recipe, model: str, bundled: Mapping[str, str] | None = None, controls: Iterable[Entry] = ()) -> Plan:
     """What `recipe` asks for.
 
     Args:
         model: identity of the model (see `iec.bench.identity.model_identity`).
-        bundled: names of the calibrations that come with the model.
+        bundled: the calibrations that come with the model: a hash of its content by the name of each.
         controls: arms of equal cost, beside those of the recipe.
     """
-    return _Planning(recipe, model, frozenset(bundled)).made(tuple(controls))
+    return _Planning(recipe, model, bundled or {}).made(tuple(controls))
 
 
 class _Planning:
-    def __init__(self, recipe: Recipe, model: str, bundled: frozenset[str]) -> None:
+    def __init__(self, recipe: Recipe, model: str, bundled: Mapping[str, str]) -> None:
         self.recipe, self.model, self.bundled = recipe, model, bundled
         self.device = choose_device(recipe.run.device).partition(":")[0]
         self.cells: dict[str, Cell] = {}
@@ -239,7 +239,7 @@ class _Planning:
         given, run, name = self.recipe.calibration, self.recipe.run, calibration_name(arm)
         of = {"format": "iec-cell-calibration", "version": VERSION, "model": self.model, "arm": arm.calibration()}
         if given.bundled and name in self.bundled:
-            return {**of, "bundled": name}
+            return {**of, "bundled": name, "content": self.bundled[name]}
         options = {key: getattr(given, key) for key in ("num_samples", "seed", "batch_size")}
         conditions = {"conditions": self.recipe.conditions_of(run.seed, given.conditions).identity()}
         if given.conditions is None and conditions["conditions"]:

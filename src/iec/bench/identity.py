@@ -12,7 +12,7 @@ from pathlib import Path
 from iec.artifact import fingerprint
 from iec.bench.recipe import Recipe
 from iec.bench.specs import ModelSpec
-from iec.pipeline.models import folder_of
+from iec.pipeline.models import calibrations, folder_of
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -29,6 +29,12 @@ def model_identity(spec: ModelSpec) -> str:
     found = _of_files(folder) if folder is not None else f"{spec.name}@{_commit(spec)}"
     options = {"dtype": spec.dtype, "variant": spec.variant, "options": spec.options}
     return fingerprint.plain([found, options])[:16]
+
+
+def bundled_calibrations(model: str) -> dict[str, str]:
+    """The calibrations that come with a bundled model: a hash of the content of each by its name."""
+    # calibration.json names the file of tensors by a hash of its content.
+    return {name: _of_file(folder / "calibration.json").hex()[:16] for name, folder in calibrations(model).items()}
 
 
 def _of_files(folder: Path) -> str:

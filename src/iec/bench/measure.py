@@ -141,6 +141,9 @@ class Measuring:
                 differences[other] = _plain(difference(ours, theirs))
         infinite = [name for name, interval in ours.metrics.items() if not math.isfinite(interval.value)]
         notes += [f"{name} is infinite: the images are equal" for name in infinite]
+        passes = self._passes(cell)
+        if " and " in (passes["kernel"] or ""):
+            notes.append(f"sampled by different kernels, {passes['kernel']}, which round differently")
         row = self.plan.row(cell.hash).plain()
         return {
             "version": VERSION,
@@ -151,7 +154,7 @@ class Measuring:
             "full": cell.full,
             "fine": cell.fine,
             "num": cell.num,
-            **self._passes(cell),
+            **passes,
             "metrics": _plain(ours.metrics),
             "differences": differences,
             "network": None if isinstance(self.network, NoNetwork) else ours.network,
@@ -170,7 +173,7 @@ class Measuring:
             "whole": _whole(total - reused),
             "reused": _whole(reused),
             "weights": held[0][1].get("weights", 0),
-            "kernel": held[0][1].get("kernel") or None,
+            "kernel": " and ".join(sorted({str(of["kernel"]) for _, of in held if of.get("kernel")})) or None,
         }
 
 

@@ -21,7 +21,7 @@ from iec.bench.board import Board, Standing
 from iec.bench.cells import Cell, Plan, plan
 from iec.bench.controls import entries, needs_refresh
 from iec.bench.folder import RunFolder
-from iec.bench.identity import model_identity, model_of
+from iec.bench.identity import bundled_calibrations, model_identity, model_of
 from iec.bench.jobs import Job, Jobs, Workers
 from iec.bench.measure import Measuring
 from iec.bench.recipe import Entry, Recipe
@@ -32,7 +32,6 @@ from iec.evaluate.arms import Arm
 from iec.evaluate.held import HELD
 from iec.evaluate.statistics import Statistics
 from iec.evaluate.workers import Task, TaskErrors, TaskFailed, run_tasks
-from iec.pipeline.models import calibrations
 
 KEPT = ("evaluations", "reused", "weights", "kernel")  # of a shard's sampling, beside its images
 
@@ -87,7 +86,7 @@ class _Run:
         _sweep(self.root)
         self.model = model_of(recipe, self.folder.model())
         identity = model_identity(self.model)
-        bundled = calibrations(self.model.name)
+        bundled = bundled_calibrations(self.model.name)
         first = plan(recipe, identity, bundled)
         self._reuse(first)
         self.plan = plan(recipe, identity, bundled, self._controls(first))

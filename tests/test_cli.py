@@ -70,6 +70,7 @@ def test_sample_as_json_with_corrections_and_single_images(model: Path, tmp_path
             "--relax",
             "1.0,0.5",
         ),
+        *("--probe", "start:0.5"),
         *("--columns", 1, "--save-images", "each", "--out", "grid.png", "--json"),
     )
     assert result.exit_code == 0, result.output
@@ -77,6 +78,7 @@ def test_sample_as_json_with_corrections_and_single_images(model: Path, tmp_path
     assert told["seeds"] == [7, 8] and told["scheduler"] == "DDIMScheduler" and told["out"] == "grid.png"
     assert told["evaluations"] == 4 + 2 * 2
     assert told["iec"]["steps"] == [0, 3] and told["iec"]["relax"] == [1.0, 0.5]
+    assert told["iec"]["probe"] == "start:0.5"
     assert sorted(p.name for p in (tmp_path / "each").iterdir()) == ["000007.png", "000008.png"]
 
 
@@ -93,6 +95,7 @@ def test_sample_with_another_scheduler(model: Path) -> None:
     [
         (["--steps", "somewhere"], "somewhere"),
         (["--steps", "all", "--relax", "wrong"], "wrong"),
+        (["--steps", "all", "--probe", "end"], "probe 'end' is not understood"),
         (["--scheduler", "NoSuch"], "diffusers has no scheduler 'NoSuch'"),
         (["--prompt", "a cat"], "takes no prompt"),
         (["--device", "cuda:99"], "device 'cuda:99' cannot be used"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -368,6 +369,11 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert told["metrics"]["fid"] == pytest.approx(first.metrics["fid"]._asdict())
     assert told["difference"]["fid"] == pytest.approx(difference(first, second)["fid"]._asdict())
     assert told["metrics"]["rmse_fine"]["value"] == 0 and told["metrics"]["psnr_fine"]["value"] is None
+
+    save_each(worse, tmp_path / "c", range(1, 9))
+    outcome = CliRunner().invoke(app, ["evaluate", *map(str, (tmp_path / "a", "--baseline", tmp_path / "c"))])
+    assert outcome.exit_code == 2
+    assert re.search(r"baseline: .*000001\.png is paired with .*000000\.png; both", outcome.output)
 
     again = json.loads(run(tmp_path / "a", "--against", kept, "--metrics", "fid,kid", "--json", "--draws", 0))
     assert again["metrics"]["fid"]["value"] == pytest.approx(0, abs=1e-6)

@@ -123,6 +123,7 @@ def evaluate(
                 limit=num,
                 batch_size=batch_size,
                 progress=progress(name),
+                rivals=None if rival is None or name == "baseline" else {"baseline": rival},
             )
             if save is not None and name == "features":
                 statistics.save(save)

@@ -36,6 +36,9 @@ def sample(
         float | None,
         typer.Option(metavar="X", help="Relative residual below which a sample is left alone.  [default: never]"),
     ] = None,
+    probe: Annotated[
+        str, typer.Option(metavar="PLACE", help="Where corrections evaluate: estimate (IEC), next, start, start:RHO.")
+    ] = "estimate",
     quant: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Quantize by this calibration, see `iec calibrate`.")
     ] = None,
@@ -114,7 +117,7 @@ def sample(
 
     # What the machines of a Ray cluster have, this one need not have.
     place, factors = device if ray is not None else choose_device(device), _factors(relax)
-    iec.plan.parse(steps)  # a bad plan is told before a large model is loaded
+    iec.plan.parse(steps), iec.plan.parse_probe(probe)  # what is bad is told before a large model is loaded
     conditions = _conditions(prompt, class_label, seed)
     if shards is None:
         of_shards = {"shard-size": shard_size, "workers": workers, "threads": threads, "gpus": gpus, "ray": ray}
@@ -129,7 +132,7 @@ def sample(
         raise ValueError(f"{quant} holds no quantization; its cache is used by --cache cachequant, without --kernel")
     if shards is not None:
         arm = {"num_inference_steps": num_inference_steps, "scheduler": scheduler, "cache": cached}
-        arm |= {"steps": steps, "relax": factors, "tol": tol}
+        arm |= {"steps": steps, "relax": factors, "tol": tol, "probe": probe}
         into_shards(
             Request(model, num, seed, shards, shard_size or 50, out, columns, save_images, as_json),
             arm,
@@ -148,7 +151,7 @@ def sample(
     if calibration is not None and calibration.quant is not None:
         iec.quantize(pipe, calibration, kernel=kernel if kernel is not None else "auto", keep_float=False)
     if steps != "none":
-        iec.enable(pipe, steps=steps, relax=factors, tol=tol)
+        iec.enable(pipe, steps=steps, relax=factors, tol=tol, probe=probe)
 
     seeds = range(seed, seed + num)
     with bar("images  {task.fields[evaluations]} evaluations", transient=True) as shown, measure(pipe) as cost:

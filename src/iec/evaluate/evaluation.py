@@ -98,12 +98,13 @@ def gather(
     limit: int | None = None,
     batch_size: int = 50,
     progress: Callable[[int], None] | None = None,
+    rivals: Mapping[str, ImageSource] | None = None,
 ) -> Statistics:
     """What `evaluate_statistics` needs for the `metrics`, of images that are read batch by batch.
 
     Images are uint8 (N, C, H, W), or a source, of which the first `limit` (None: all) are taken; targets pair by order.
     Whatever is missing is told before the first image is read. "clip" needs `text_score` (`iec.evaluate.clip.ClipScore`) and
-    one of the `prompts` per image. `progress(done)` is called after each batch.
+    one of the `prompts` per image. `progress(done)` is called after each batch. `rivals` must be of the same seeds as the images.
 
     Raises ValueError for unknown metrics, missing references, targets or prompts, and as `statistics_of_source` does.
     """
@@ -125,6 +126,7 @@ def gather(
         limit=limit,
         batch_size=batch_size,
         progress=progress,
+        rivals=rivals,
     )
 
 

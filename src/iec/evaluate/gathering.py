@@ -68,20 +68,24 @@ def statistics_of_source(
     limit: int | None = None,
     batch_size: int = 50,
     progress: Callable[[int], None] | None = None,
+    rivals: Mapping[str, ImageSource] | None = None,
 ) -> Statistics:
     """What the images of a source leave behind, numbered in their order, read batch by batch.
 
     Targets pair by order: their n-th image belongs to the n-th of the source; they may hold fewer images, not more. With
-    `text_score`, image n is scored against `prompts[n]`. `progress(done)` is called after each batch.
+    `text_score`, image n is scored against `prompts[n]`. `progress(done)` is called after each batch. Of the `rivals`, which the
+    images are to be compared with as a whole, it is only checked that they pair as targets do.
 
-    Raises ValueError as `ImageSource.batches` and `statistics_of` do, naming the file; when a target ends up with other
-    seeds than the source (both having numbers as file names); and for too few prompts.
+    Raises ValueError as `ImageSource.batches` and `statistics_of` do, naming the file; when a target or a rival ends up with
+    other seeds than the source (both having numbers as file names); and for too few prompts.
     """
     parts: list[Statistics] = []
     done = 0
-    others = {name: _aligned(target, batch_size, limit) for name, target in (targets or {}).items()}
+    beside = {f"target {name!r}": target for name, target in (targets or {}).items()}
+    others = {name: _aligned(other, batch_size, limit) for name, other in {**beside, **(rivals or {})}.items()}
     for images, places in source.batches(batch_size, limit):
-        pairs = {name: _next(name, batches, images, places) for name, batches in others.items()}
+        found = {name: _next(name, batches, images, places) for name, batches in others.items()}
+        pairs = {name: found[f"target {name!r}"] for name in targets or {}}
         scores = {}
         if text_score is not None:
             texts = list(prompts or ())[done : done + len(images)]
@@ -101,9 +105,7 @@ def statistics_of_source(
             progress(done)
     for name, batches in others.items():
         if next(batches, None) is not None:
-            raise ValueError(
-                f"target {name!r} holds more images than {source.name} ({done}); they must be of the same seeds"
-            )
+            raise ValueError(f"{name} holds more images than {source.name} ({done}); they must be of the same seeds")
     return merged(parts)
 
 
@@ -125,10 +127,10 @@ def _next(
     found, theirs = next(batches, (images[:0], []))
     for ours, other in zip_longest(places, theirs):
         if ours is None:
-            raise ValueError(f"target {name!r} holds more images than there are; they must be of the same seeds")
+            raise ValueError(f"{name} holds more images than there are; they must be of the same seeds")
         numbers = [_number(place) for place in (ours, other) if place is not None]
         if len(numbers) == 2 and None not in numbers and numbers[0] != numbers[1]:
-            raise ValueError(f"target {name!r}: {other} is paired with {ours}; both folders must hold the same seeds")
+            raise ValueError(f"{name}: {other} is paired with {ours}; both folders must hold the same seeds")
     return found
 
 

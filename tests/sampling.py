@@ -16,6 +16,8 @@ import diffusers
 import torch
 from torch import Tensor
 
+from iec.schedule.quadratic import QuadraticDDIMScheduler
+
 SHAPE = (3, 2, 4, 4)
 
 
@@ -61,11 +63,15 @@ class Spec:
     random: bool = False  # step() takes a generator and draws from it
     generator: bool = False  # step() takes a generator
 
+    @property
+    def type(self) -> Any:
+        return OURS.get(self.kind) or getattr(diffusers, self.kind)
+
     def make(self) -> Any:
         """A fresh scheduler; copied from one that was made once, as some take a second to make."""
         made = _MADE.get(self.name) if self.name else None
         if made is None:
-            made = _MADE[self.name] = getattr(diffusers, self.kind)(**self.config)
+            made = _MADE[self.name] = self.type(**self.config)
         return copy.deepcopy(made)
 
     def draws(self) -> list[torch.Generator] | None:
@@ -75,6 +81,7 @@ class Spec:
         return {**self.extra, **({"generator": generator} if generator is not None else {})}
 
 
+OURS = {"QuadraticDDIMScheduler": QuadraticDDIMScheduler}
 _MADE: dict[str, Any] = {}
 _DPM = "DPMSolverMultistepScheduler"
 SPECS = [
@@ -88,6 +95,8 @@ SPECS = [
         generator=True,
     ),
     Spec("ddim-parallel", "DDIMParallelScheduler", {"clip_sample": False}, generator=True),
+    Spec("ddim-quadratic", "QuadraticDDIMScheduler", {"clip_sample": False}, generator=True),
+    Spec("ddim-quadratic-eta", "QuadraticDDIMScheduler", extra={"eta": 1.0}, random=True),
     Spec("ddpm", "DDPMScheduler", random=True),
     Spec("ddpm-parallel", "DDPMParallelScheduler", random=True),
     Spec("pndm-plms", "PNDMScheduler", {"skip_prk_steps": True, "steps_offset": 1}),

@@ -150,7 +150,8 @@ def test_recipes_of_the_papers_models_have_a_stand_in(name: str) -> None:
     for entry in small.entries:
         if isinstance(entry.arm.cache, CacheQuant):
             assert 2 * entry.arm.cache.interval <= small.run.num_inference_steps
-    assert recipe.run.scheduler == (None if name.endswith("coco") else "DDIMScheduler")
+    schedulers = {"coco": None, "cifar10": "QuadraticDDIMScheduler"}
+    assert recipe.run.scheduler == schedulers.get(name.partition("-")[2], "DDIMScheduler")
 
 
 def test_every_table_and_figure_has_a_recipe() -> None:

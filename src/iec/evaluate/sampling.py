@@ -54,10 +54,10 @@ def _to_uint8(images: Any, seeds: Sequence[int]) -> torch.Tensor:
 
 
 def with_scheduler(pipe: Any, name: str, **changes: Any) -> Any:
-    """A pipeline with the components of `pipe`, but diffusers' scheduler class `name`, made from the present one's config.
+    """A pipeline with the components of `pipe`, but the scheduler class `name` of diffusers or ours, made from its config.
 
     `changes` override entries of the config. Unconditional pipelines become `UnconditionalPipeline`, which takes them all;
-    `pipe` itself is left as it is. Raises ValueError when diffusers has no such scheduler.
+    `pipe` itself is left as it is. Raises ValueError when there is no such scheduler.
     """
     import diffusers
 
@@ -73,17 +73,20 @@ def with_scheduler(pipe: Any, name: str, **changes: Any) -> Any:
 
 
 def scheduler_like(scheduler: Any, name: str, **changes: Any) -> Any:
-    """diffusers' scheduler class `name`, made from the config of `scheduler` with some `changes`.
+    """diffusers' scheduler class `name`, or ours, made from the config of `scheduler` with some `changes`.
 
-    Raises ValueError when diffusers has no such scheduler.
+    Raises ValueError when there is no such scheduler.
     """
     import diffusers
 
-    kind = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
+    from iec.schedule.quadratic import QuadraticDDIMScheduler
+
+    ours = {QuadraticDDIMScheduler.__name__: QuadraticDDIMScheduler}
+    kind = ours.get(name) or (getattr(diffusers, name, None) if name.endswith("Scheduler") else None)
     if kind is None or not hasattr(kind, "from_config"):
         raise ValueError(
             f"diffusers has no scheduler {name!r}; known are DDIMScheduler, DPMSolverMultistepScheduler, "
-            "HeunDiscreteScheduler, UniPCMultistepScheduler and others: "
+            "HeunDiscreteScheduler, UniPCMultistepScheduler and others, and iec's QuadraticDDIMScheduler: "
             "https://huggingface.co/docs/diffusers/api/schedulers/overview"
         )
     return kind.from_config(scheduler.config, **changes)

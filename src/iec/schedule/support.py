@@ -33,6 +33,7 @@ TESTED = frozenset(
         "LMSDiscreteScheduler",
         "SASolverScheduler",
         "IPNDMScheduler",
+        "QuadraticDDIMScheduler",  # ours
     }
 )
 

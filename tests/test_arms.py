@@ -25,6 +25,7 @@ OTHER: dict[str, Any] = {
     "scheduler": "EulerDiscreteScheduler",
     "scheduler_options": {"use_karras_sigmas": True},
     "quant": "w4a8",
+    "layers": ["*", "!conv_in"],
     "reconstruct": True,
     "cache": "deepcache:3,window=0.1-0.9",
     "steps": "at:1,3",
@@ -93,7 +94,7 @@ def test_names_and_kinds_are_made_where_there_are_none() -> None:
     made = Arm.of(OTHER)
     assert made.kind == "corrected"
     assert made.name == (
-        "W4A8 reconstructed, deepcache:3,window=0.1-0.9, 7 steps (Euler, use_karras_sigmas=True), η 0.5, ε × 0.99 "
+        "W4A8 (* !conv_in) reconstructed, deepcache:3,window=0.1-0.9, 7 steps (Euler, use_karras_sigmas=True), η 0.5, ε × 0.99 "
         "+ averaging at x_t, ρ 1, at:1,3 (λ 1/0.5, tol 0.001)"
     )
     bare = made.without_correction()
@@ -108,6 +109,8 @@ def test_names_and_kinds_are_made_where_there_are_none() -> None:
         ({"num_inference_steps": 2.5}, TypeError, "expected a whole number"),
         ({"quant": "w2a2"}, ValueError, "w8a8, w4a8"),
         ({"reconstruct": True}, ValueError, "nothing is quantized"),
+        ({"layers": ["conv_in"]}, ValueError, "layers is given, but nothing is quantized"),
+        ({"quant": "w8a8", "layers": "conv_in"}, TypeError, "a list of patterns"),
         ({"cache": "slowcache:5"}, ValueError, "not understood"),
         ({"cache": 5}, TypeError, "deepcache:5"),
         ({"steps": "some"}, ValueError, "not understood"),
@@ -148,6 +151,7 @@ def test_what_a_calibration_depends_on() -> None:
         {"scheduler_options": {"eta": 1}},
         {"quant": "w4a8"},
         {"reconstruct": True},
+        {"layers": ["*", "!conv_in"]},
         {"eta": 0.5},
         {"cache": "cachequant:5"},
         {"cache": "cachequant:5,branch=0"},
@@ -155,7 +159,7 @@ def test_what_a_calibration_depends_on() -> None:
         other = Arm.of({**base, **changes})
         assert other.calibration() != base
         names.add(calibration_name(other))
-    assert len(names) == 9
+    assert len(names) == 10
     free = Arm.of({"num_inference_steps": 50, "cache": "deepcache:5", "steps": "all"})
     assert free.calibration() == {} and not free.calibrated
     with pytest.raises(ValueError, match="needs no calibration"):
@@ -236,7 +240,11 @@ def test_prepared_puts_everything_on_and_takes_it_off() -> None:
     pipe = tiny()
     before, scheduler = sample(pipe, [1, 2], T), pipe.scheduler
     arm = Arm.of(
-        {k: v for k, v in OTHER.items() if k not in ("quant", "reconstruct", "scheduler", "scheduler_options")}
+        {
+            k: v
+            for k, v in OTHER.items()
+            if k not in ("quant", "layers", "reconstruct", "scheduler", "scheduler_options")
+        }
     )
     with prepared(pipe, arm) as ready:
         assert ready is pipe

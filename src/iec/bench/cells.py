@@ -196,7 +196,7 @@ class _Planning:
         if arm.kind == "control" and self.whole is not None:
             return self.whole
         bare = arm.without_correction()
-        twin = replace(bare, kind="reference", quant=None, reconstruct=False, cache=None, scale=1.0)
+        twin = replace(bare, kind="reference", quant=None, layers=("*",), reconstruct=False, cache=None, scale=1.0)
         twin = replace(twin, name=f"full precision, {twin.label}")
         found = self._hash(twin)
         return found if found in self.cells else self._row(Entry(twin, REFERENCES))

@@ -51,14 +51,14 @@ def entries(
 def product(values: dict[str, Any], where: str) -> list[dict[str, Any]]:
     """The arms of a sweep: every combination of the entries of the fields that are lists; the last one changes fastest.
 
-    `relax` is swept when it is a list of lists. Raises ValueError when nothing is swept, or an empty list.
+    `relax` and `layers` are swept when they are lists of lists. Raises ValueError when nothing is swept, or an empty list.
     """
     swept = {
         key: value
         for key, value in values.items()
         if key not in _NOT_SWEPT
         and isinstance(value, list)
-        and (key != "relax" or (bool(value) and all(isinstance(part, list) for part in value)))
+        and (key not in ("relax", "layers") or (bool(value) and all(isinstance(part, list) for part in value)))
     }
     if not swept:
         raise ValueError(

@@ -38,6 +38,7 @@ class Arm:
         scheduler: a diffusers class name; None: the pipeline's own.
         scheduler_options: entries of the scheduler's config that are changed.
         quant: the field of a quantized denoiser, "w8a8" or "w4a8"; None: as it is.
+        layers: which layers are quantized, as `QuantConfig` takes them; its default is all.
         reconstruct: learn the rounding of the weights.
         cache: a feature cache, or its spelling ("deepcache:5", see `iec.caches.spelling`).
         steps: a correction plan (see `iec.plan.resolve`); None or "none": no correction.
@@ -56,6 +57,7 @@ class Arm:
     scheduler: str | None = None
     scheduler_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     quant: str | None = None
+    layers: tuple[str, ...] = ("*",)
     reconstruct: bool = False
     cache: DeepCache | CacheQuant | None = None
     steps: str | None = None
@@ -75,8 +77,12 @@ class Arm:
             raise ValueError(f"num_inference_steps is {count}, expected at least 1")
         if self.quant is not None and self.quant not in FIELDS:
             raise ValueError(f"quant is {self.quant!r}, expected one of {', '.join(FIELDS)}")
-        if self.reconstruct and self.quant is None:
-            raise ValueError("reconstruct is given, but nothing is quantized; give quant too")
+        if not isinstance(self.layers, list | tuple) or not all(isinstance(each, str) for each in self.layers):
+            raise TypeError(f"layers is {self.layers!r}, expected a list of patterns such as ['*', '!conv_in']")
+        self._set("layers", tuple(self.layers))
+        for name, given in (("reconstruct", self.reconstruct), ("layers", self.layers != ("*",))):
+            if given and self.quant is None:
+                raise ValueError(f"{name} is given, but nothing is quantized; give quant too")
         if not isinstance(self.scheduler_options, Mapping):
             raise TypeError(f"scheduler_options is {self.scheduler_options!r}, expected a table of names and values")
         if isinstance(self.cache, str):
@@ -156,7 +162,9 @@ class Arm:
     @property
     def label(self) -> str:
         """A name made from the rest: "W8A8, deepcache:5, 50 steps (Euler) + IEC, refresh"."""
-        parts = [] if self.quant is None else [self.quant.upper() + (" reconstructed" if self.reconstruct else "")]
+        chosen = "" if self.layers == ("*",) else f" ({' '.join(self.layers)})"
+        learnt = " reconstructed" if self.reconstruct else ""
+        parts = [] if self.quant is None else [self.quant.upper() + chosen + learnt]
         parts += [] if self.cache is None else [spell_cache(self.cache)]
         own = [] if self.scheduler is None else [short(self.scheduler)]
         own += [f"{key}={value}" for key, value in sorted(self.scheduler_options.items())]
@@ -184,7 +192,7 @@ class Arm:
         """What its calibration depends on beside the pipeline, as plain data; empty for one that needs none."""
         if not self.calibrated:
             return {}
-        kept = ("num_inference_steps", "scheduler", "scheduler_options", "quant", "reconstruct", "eta")
+        kept = ("num_inference_steps", "scheduler", "scheduler_options", "quant", "layers", "reconstruct", "eta")
         found = {key: value for key, value in self.plain().items() if key in kept}
         return {**found, "cache": spell_cache(self.cache)} if isinstance(self.cache, CacheQuant) else found
 
@@ -202,7 +210,8 @@ def calibration_name(arm: Arm) -> str:
     found = arm.calibration()
     kind = "" if arm.scheduler is None else f"-{short(arm.scheduler).lower()}"
     kind += "".join(f"-{key}-{value}" for key, value in found.get("scheduler_options", {}).items())
-    learnt = "-reconstructed" if arm.reconstruct else ""
+    learnt = "" if arm.layers == ("*",) else f"-{','.join(arm.layers)}"
+    learnt += "-reconstructed" if arm.reconstruct else ""
     noise = f"-eta{arm.eta:g}" if arm.eta else ""
     cached = ""
     if isinstance(arm.cache, CacheQuant):
@@ -218,7 +227,7 @@ def calibration_options(arm: Arm) -> dict[str, Any]:
     if not arm.calibrated:
         raise ValueError(f"{arm.name!r} is neither quantized nor cached by CacheQuant, so it needs no calibration")
     return {
-        "quant": None if arm.quant is None else FIELDS[arm.quant],
+        "quant": None if arm.quant is None else replace(FIELDS[arm.quant], layers=arm.layers),
         "cache": arm.cache if isinstance(arm.cache, CacheQuant) else None,
         "reconstruct": Reconstruction() if arm.reconstruct else None,
         "num_inference_steps": arm.num_inference_steps,

@@ -56,7 +56,7 @@ def controls(
         raise ValueError(f"{arm.name!r} is cached: give share=reuse_share(pipe, {arm.cache!r})")
     budget = passes(arm, scheduler, refresh).equivalents(_or_whole(share)) * (1 + ROUNDING)
     bare = replace(arm, steps=None)
-    full = replace(bare, quant=None, reconstruct=False, cache=None)
+    full = replace(bare, quant=None, layers=("*",), reconstruct=False, cache=None)
     found: list[Arm] = []
     for base in (bare,) if bare == full else (bare, full):
         made = [*_solvers(base, scheduler, budget, share), *_probes(arm, base, scheduler, budget)]

@@ -336,6 +336,16 @@ def test_a_study_goes_on_where_it_stopped(tmp_path: Path) -> None:
         analyse(full, efficient, kinds=("error",), **common)
 
 
+def test_growth_is_measured_anew_when_its_bound_is_known(tmp_path: Path) -> None:
+    few = {"spectral": {"relax": (0.5,), "iterations": 6}, "growth": {"after": (0,)}}
+    common: dict[str, Any] = {"num": 2, "num_inference_steps": 3, "options": few}
+    alone = analyse(bent(size=4), kinds=("growth",), folder=tmp_path, **common)
+    assert all(row["bound"] is None for row in alone.rows["growth"])
+    both = analyse(bent(size=4), kinds=("growth", "spectral"), folder=tmp_path, **common)
+    assert both.rows["growth"] == analyse(bent(size=4), kinds=("growth", "spectral"), **common).rows["growth"]
+    assert any(row["bound"] is not None for row in both.rows["growth"])
+
+
 def test_norms_go_on_in_the_middle_of_a_torn_line(tmp_path: Path) -> None:
     pipe = bent(size=4)
     common: dict[str, Any] = {"kinds": ("spectral",), "num": 2, "num_inference_steps": 3, "batch_size": 1}

@@ -123,8 +123,9 @@ def reuse_share(pipe: Any, cache: DeepCache | CacheQuant | None, **kwargs: Any) 
         if reused:
             raise _Enough
 
-    (model,) = denoisers(pipe).values()
-    hooks = [model.register_forward_pre_hook(before), model.register_forward_hook(after)]
+    models = denoisers(pipe).values()  # of two, each has steps of its own
+    hooks = [each.register_forward_pre_hook(before) for each in models]
+    hooks += [each.register_forward_hook(after) for each in models]
     call = next(batches(pipe, [0], 4, 1, "latent", **kwargs))
     try:
         # The fused attention kernels of the CPU are not counted.

@@ -34,9 +34,9 @@ def quantized() -> tuple[dict[str, Any], dict[str, Any]]:
     last = plain()
     last.unet.to(memory_format=torch.channels_last)
     found = {"float32": plain(), "bfloat16": in_bfloat16(plain()), "float32, channels_last": last}
-    calibrations = {
-        f"W{bits}A8 onednn": calibrate(iec.QuantConfig(weight_bits=bits), None, STEPS["quantized"]) for bits in (8, 4)
-    }
+    configs = {f"W{bits}A8 onednn": iec.QuantConfig(weight_bits=bits) for bits in (8, 4)}
+    configs["W8A8 onednn, first layer in float32"] = iec.QuantConfig(layers=("*", "!conv_in"))
+    calibrations = {name: calibrate(config, None, STEPS["quantized"]) for name, config in configs.items()}
     for name, calibration in calibrations.items():
         found[name] = plain()
         iec.quantize(found[name], calibration, kernel="onednn")

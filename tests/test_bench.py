@@ -323,6 +323,30 @@ def test_shards_of_different_kernels_are_told(
     assert line["notes"] == [f"sampled by different kernels, another and {first}, which round differently"]
 
 
+def test_arms_are_timed_in_turns(model: Path, finished: tuple[Path, Outcome, float], tmp_path: Path) -> None:
+    folder = shutil.copytree(finished[0], tmp_path / "copy")
+    before = content(folder)
+    shown = {line["cell"] for line in lines(folder) if not line["name"].startswith("fine")}
+    outcome = bench(recipe(model), folder, workers=Workers(0), rounds=2)
+    clock = lines(folder, "clock.jsonl")
+    assert [line["round"] for line in clock] == [0] * len(shown) + [1] * len(shown)
+    assert {line["cell"] for line in clock[: len(shown)]} == shown == {line["cell"] for line in clock[len(shown) :]}
+    assert all(line["seconds"] > 0 and line["images"] == 2 and line["threads"] == 1 for line in clock)
+    assert content(folder) == before
+    of = {result.cell: result.timing for result in outcome.report.run.entries}
+    for cell in shown:
+        timing = of[cell]
+        assert timing is not None and timing.in_turns and timing.peak
+        assert timing.per_image == tuple(line["seconds"] / 2 for line in clock if line["cell"] == cell)
+    text = (folder / "report.md").read_text(encoding="utf-8")
+    assert "median of 2 rounds" in text and "Seconds for an image of the other arms" in text  # the fine solution's
+    # What a kill left of a round is made again, whole rounds stay.
+    (folder / "clock.jsonl").write_text("".join(json.dumps(line) + "\n" for line in clock[:-1]))
+    bench(recipe(model), folder, workers=Workers(0), rounds=3)
+    again = lines(folder, "clock.jsonl")
+    assert again[: len(shown)] == clock[: len(shown)] and len(again) == 3 * len(shown)
+
+
 def test_an_arm_that_fails_does_not_stop_the_others(
     model: Path, finished: tuple[Path, Outcome, float], tmp_path: Path
 ) -> None:

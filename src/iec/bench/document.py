@@ -81,12 +81,19 @@ def remarks(run: Run) -> list[str]:
         lines.append(
             "FID and its kin are on the features named below, not Inception's: compare them only within this report."
         )
-    if any(entry.timing for entry in entries):
+    timed = [entry.timing for entry in entries if entry.timing]
+    rounds = [len(timing.per_image) for timing in timed if timing.in_turns]
+    if rounds:
         lines.append(
-            "Seconds for an image are wall-clock, the median over the shards (fastest–slowest); they vary from run to run and "
-            "with what else the machine does."
+            f"Seconds for an image are wall-clock, the median of {max(rounds)} rounds (fastest–slowest) in which the arms took "
+            "turns, one batch each, while this run did nothing else."
         )
-    held = {entry.timing.workers for entry in entries if entry.timing and entry.timing.workers}
+    if len(rounds) < len(timed):
+        lines.append(
+            f"Seconds for an image {'of the other arms ' if rounds else ''}are wall-clock, the median over the shards "
+            "(fastest–slowest); they vary from run to run and with what else the machine does."
+        )
+    held = {timing.workers for timing in timed if timing.workers and not timing.in_turns}
     if len(held) > 1 or any(len(workers) > 1 for workers in held):
         lines.append("Not all shards ran beside as many others, so seconds compare only roughly.")
     if any(entry.timing and entry.timing.peak for entry in entries):

@@ -7,6 +7,7 @@ cells/HASH/                     shards of images, see `iec.evaluate.shards`
 cells/HASH/statistics-KEY/      what the shards leave behind for the metrics, KEY naming network and references
 figures/NAME/                   numbers and pictures of the analysis
 results.jsonl, timings.jsonl    a line per cell, a line per shard
+clock.jsonl                     a line per arm and round, where arms were timed in turns
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from iec.evaluate.shards import MANIFEST, ShardSet
 from iec.evaluate.statistics import Statistics, merged
 
 VERSION = 1  # of run.json
-RUN, RESULTS, TIMINGS, FIGURE = "run.json", "results.jsonl", "timings.jsonl", "figure.json"
+RUN, RESULTS, TIMINGS, CLOCK, FIGURE = "run.json", "results.jsonl", "timings.jsonl", "clock.jsonl", "figure.json"
 
 
 class RunFolder:
@@ -40,6 +41,7 @@ class RunFolder:
     def __init__(self, root: Path, recipe: Recipe) -> None:
         self.root, self.recipe = root, recipe
         self.results, self.timings = Lines(root / RESULTS), Lines(root / TIMINGS)
+        self.clock = Lines(root / CLOCK)
         self._shards: dict[str, ShardSet] = {}
 
     def describe(self, plan: Plan, model: str, command: Sequence[str]) -> None:
@@ -148,6 +150,17 @@ class RunFolder:
     def unfinished(self, cell: FigureCell) -> Path:
         """Where a figure that is being made keeps what it has so far."""
         return self.root / "figures" / f"{cell.hash}.unfinished"
+
+    def rounds(self, cells: set[str]) -> int:
+        """How many rounds have timed each of `cells`, in turns; what is left of others is forgotten."""
+        by_round: dict[int, set[str]] = {}
+        for line in self.clock.values:
+            by_round.setdefault(line["round"], set()).add(line["cell"])
+        count = 0
+        while by_round.get(count) == cells:
+            count += 1
+        self.clock.keep(lambda line: line["round"] < count)
+        return count
 
     def tidy_timings(self, present: set[tuple[str, int]]) -> None:
         """Forget the times of shards that are not there, and all but the last of those that were made twice."""

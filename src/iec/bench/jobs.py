@@ -40,9 +40,9 @@ class Workers:
 @dataclass(frozen=True)
 class Job:
     """A task with what it is for: the "calibration" `calibration`; the "shard" of `cell` from image `start` on, or its
-    "statistics"; the "figure" `figure`."""
+    "statistics"; the "figure" `figure`; a batch of `cell` by the "clock", in round `start`."""
 
-    what: Literal["calibration", "shard", "statistics", "figure"]
+    what: Literal["calibration", "shard", "statistics", "figure", "clock"]
     task: Task
     cell: Cell | None = None
     calibration: CalibrationCell | None = None
@@ -128,6 +128,12 @@ class Jobs:
         missing = self.folder.missing(cell)
         if not missing:
             return
+        for task, (start, count) in zip(self._sampling(cell, missing), missing, strict=True):
+            task = replace(task, function="iec.bench.work:sample_shard")
+            self._add(Job("shard", task, cell, start=start, count=count))
+
+    def _sampling(self, cell: Cell, parts: list[tuple[int, int]]) -> list[Task]:
+        """The tasks that sample these images of a cell: number of the first one, count."""
         calibration, after = self.calibration(cell.calibration)
         run = self.recipe.run
         sampling = Sampling(
@@ -137,10 +143,20 @@ class Jobs:
             conditions=self.conditions,
             device=run.device,
         )
-        tasks = sampling.tasks(self.folder.shards(cell), missing, calibration, f"shard {cell.hash} ", after, self.ship)
-        for task, (start, count) in zip(tasks, missing, strict=True):
-            task = replace(task, function="iec.bench.work:sample_shard")
-            self._add(Job("shard", task, cell, start=start, count=count))
+        return sampling.tasks(self.folder.shards(cell), parts, calibration, f"shard {cell.hash} ", after, self.ship)
+
+    def clock(self, cells: list[Cell], begin: int, end: int) -> list[Task]:
+        """The tasks of the rounds `begin` … `end` − 1, in each of which every one of `cells` samples one batch."""
+        tasks = []
+        for number in range(begin, end):
+            for cell in cells:
+                count = min(self.recipe.run.batch_size, cell.num)
+                (task,) = self._sampling(cell, [(0, count)])
+                task = replace(task, key=f"clock {cell.hash} {number}", function="iec.bench.work:time_batch", after=())
+                task.arguments["seeds"] = task.arguments["seeds"][:count]
+                self._add(Job("clock", task, cell, start=number, count=count))
+                tasks.append(task)
+        return tasks
 
     def _statistics(self, cell: Cell) -> None:
         key, targets = self.measuring.key(cell), self.measuring.targets(cell)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-RUN, RESULTS, TIMINGS = "run.json", "results.jsonl", "timings.jsonl"
+RUN, RESULTS, TIMINGS, CLOCK = "run.json", "results.jsonl", "timings.jsonl", "clock.jsonl"
 VERSION = 1
 
 
@@ -37,12 +37,14 @@ class Estimate:
 @dataclass(frozen=True)
 class Timing:
     """What the shards of a cell took: `per_image` seconds of each shard, the highest `peak` memory in bytes (None: not
-    measured), and the `threads` and `workers` they ran with, each as often as it occurred."""
+    measured), and the `threads` and `workers` they ran with, each as often as it occurred. `in_turns`: the seconds are those of
+    rounds in which all arms took turns, with nothing beside them."""
 
     per_image: tuple[float, ...]
     peak: int | None
     threads: tuple[int, ...]
     workers: tuple[int, ...]
+    in_turns: bool = False
 
     @property
     def median(self) -> float:
@@ -50,7 +52,7 @@ class Timing:
 
     @property
     def spread(self) -> tuple[float, float]:
-        """The fastest and the slowest shard."""
+        """The fastest and the slowest shard, or round."""
         return min(self.per_image), max(self.per_image)
 
 
@@ -150,7 +152,7 @@ def load_run(folder: str | Path) -> Run:
     if not isinstance(about, dict):
         raise ValueError(f"{folder / RUN} holds {type(about).__name__}, expected an object")
     notes: list[str] = []
-    timings = _timings(folder / TIMINGS, notes)
+    timings = _in_turns(_timings(folder / TIMINGS, notes), _timings(folder / CLOCK, notes))
     by_cell: dict[str, Result] = {}
     for number, line in _lines(folder / RESULTS, notes):
         try:
@@ -255,6 +257,16 @@ def _entry(line: Mapping[str, Any], timings: Mapping[str, Timing]) -> Result:
 
 def _estimate(value: Mapping[str, Any]) -> Estimate:
     return Estimate(float(value["value"]), value.get("low"), value.get("high"))
+
+
+def _in_turns(shards: dict[str, Timing], rounds: dict[str, Timing]) -> dict[str, Timing]:
+    """The timings with the seconds of the rounds, where there are any."""
+    bare = Timing((), None, (), ())
+    timed = {
+        cell: replace(shards.get(cell, bare), per_image=clock.per_image, in_turns=True)
+        for cell, clock in rounds.items()
+    }
+    return {**shards, **timed}
 
 
 def _timings(path: Path, notes: list[str]) -> dict[str, Timing]:

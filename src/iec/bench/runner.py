@@ -18,7 +18,7 @@ import torch
 
 from iec.artifact.calibration import Calibration
 from iec.bench.board import Board, Standing
-from iec.bench.cells import Cell, Plan, plan
+from iec.bench.cells import REFERENCES, Cell, Plan, plan
 from iec.bench.controls import entries, needs_refresh
 from iec.bench.folder import RunFolder
 from iec.bench.identity import bundled_calibrations, model_identity, model_of
@@ -50,6 +50,7 @@ def bench(
     *,
     workers: Workers | None = None,
     reused: Sequence[Path] = (),
+    rounds: int = 0,
     command: Sequence[str] = (),
     board: Board | None = None,
 ) -> Outcome:
@@ -58,6 +59,7 @@ def bench(
     Args:
         workers: who works; how many makes no difference to the results.
         reused: folders of other runs, from which is taken what this one needs (see `iec.bench.reuse`).
+        rounds: when all is sampled, so many times every arm samples one batch by the clock, in turns and with nothing beside it.
         command: what the user typed, for the report.
         board: is told how far the run is.
 
@@ -70,6 +72,7 @@ def bench(
         run = _Run(recipe, root, workers or Workers(), board or Board(), reused)
         run.prepare(command)
         run.work()
+        run.time(rounds)
     return Outcome(report(root), run.failed)
 
 
@@ -172,12 +175,23 @@ class _Run:
             if cell.hash not in self.measured:
                 self._lost(cell)
 
-    def _run(self, tasks: list[Task]) -> None:
+    def time(self, rounds: int) -> None:
+        """Time the arms of the tables that were measured, until there are so many rounds."""
+        if not rounds:
+            return
+        shown = {row.cell for row in self.plan.rows if row.entry.group != REFERENCES}
+        cells = [cell for cell in self.plan.cells.values() if cell.hash in shown & self.measured]
+        there = self.folder.rounds({cell.hash for cell in cells})
+        if there < rounds and cells:
+            self.board.told(f"rounds {there + 1} to {rounds} of {len(cells)} arms by the clock")
+            self._run(self.jobs.clock(cells, there, rounds), min(1, self.workers.count(1) or 1))
+
+    def _run(self, tasks: list[Task], workers: int | None = None) -> None:
         threads = self.recipe.run.threads
         try:
             run_tasks(
                 tasks,
-                workers=self.workers.count(threads),
+                workers=self.workers.count(threads) if workers is None else workers,
                 threads=threads,
                 ray=self.workers.ray,
                 gpus=self.workers.gpus,
@@ -211,6 +225,10 @@ class _Run:
             self.folder.keep_figure(job.figure, result["files"])
         elif job.cell is not None and job.what == "shard":
             self._sampled(job, job.cell, result)
+        elif job.cell is not None and job.what == "clock":
+            seconds, threads = round(result["seconds"], 4), self.recipe.run.threads
+            about = {"cell": job.cell.hash, "round": job.start, "images": job.count}
+            self.folder.clock.append({**about, "seconds": seconds, "threads": threads})
         elif job.cell is not None:
             self._looked(job, job.cell, result)
 
@@ -288,6 +306,8 @@ class _Run:
     def _called(self, key: str) -> str:
         """A task as people say it."""
         job = self.jobs.by_key[key]
+        if job.cell is not None and job.what == "clock":
+            return f"{self.board.standings[job.cell.hash].name}, round {job.start + 1} by the clock"
         if job.cell is not None:
             name = self.board.standings[job.cell.hash].name
             last = job.start + job.count - 1

@@ -62,6 +62,11 @@ def sample_shard(arguments: dict[str, Any], files: tuple[Path, ...]) -> dict[str
     return {**found, "weights": weights(ready, part and part.calibration), "kernel": part.kernel if part else ""}
 
 
+def time_batch(arguments: dict[str, Any], files: tuple[Path, ...]) -> dict[str, Any]:
+    """As `iec.evaluate.scale.sample_shard`, of which the "seconds" are kept alone."""
+    return {"seconds": scale.sample_shard(arguments, files)["seconds"]}
+
+
 def weights(pipe: Any, calibration: Calibration | None = None) -> int:
     """Bytes of all parameters of the denoisers; those that are quantized as they are stored, the rest as they are."""
     parameters = [p for model in denoisers(pipe).values() for p in model.parameters()]

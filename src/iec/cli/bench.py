@@ -39,6 +39,10 @@ def bench(
     num: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Images of each arm.  [default: the recipe's]")
     ] = None,
+    rounds: Annotated[
+        int,
+        typer.Option(min=0, metavar="N", help="At the end time all arms in so many rounds, in turns, nothing beside."),
+    ] = 0,
     workers: Annotated[
         int | None, typer.Option(min=0, metavar="N", help="Processes; 0: this one.  [default: one per core]")
     ] = None,
@@ -68,7 +72,7 @@ def bench(
         with _shown(board):
             command = ["iec", *sys.argv[1:]]
             how = Workers(workers, ray, gpus)
-            outcome = run(chosen, folder, workers=how, reused=reuse or (), command=command, board=board)
+            outcome = run(chosen, folder, workers=how, reused=reuse or (), rounds=rounds, command=command, board=board)
     except KeyboardInterrupt:
         stderr.print(f"Stopped; what is done is in {folder}. The same command goes on from there.", style="yellow")
         raise typer.Exit(130) from None

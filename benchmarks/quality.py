@@ -5,10 +5,11 @@
     python benchmarks/quality.py table --arm w8a8 --arm deepcache:5 --arm deepcache:5+refresh --arm cachequant-w8a8:5
     python benchmarks/quality.py time --arm w8a8 --arm deepcache:5 --arm deepcache:5+refresh --arm cachequant-w8a8:5
 
-An arm is `ddim:T` (plain sampling in T steps, by Euler's form of DDIM where T does not divide 1000), or 100 steps of: `w8a8`, `w4a8`, `w4a8-rec` (quantized; to the nearest, or
-reconstructed), `deepcache:N`, `cachequant-w8a8:N`, `cachequant-w4a8:N`, `cachequant-w4a8-rec:N`; `+ends:1/10` or `+refresh`
-corrects those steps. `-raw` after the bits leaves the correction of the output out. Every arm samples the seeds 0 … num − 1, and
-is calibrated when it is first needed; a shard that exists is not sampled again, so a killed run goes on where it was.
+An arm is `ddim:T` (plain sampling in T steps, by Euler's form of DDIM where T does not divide 1000), or 100 steps of: `w8a8`,
+`w4a8`, `w4a8-rec` (quantized; to the nearest, or reconstructed), `deepcache:N`, `cachequant-w8a8:N`, `cachequant-w4a8:N`,
+`cachequant-w4a8-rec:N`; `+ends:1/10` or `+refresh` corrects those steps. `-raw` after the bits leaves the output uncorrected
+Every arm samples the seeds 0 … num − 1, and is calibrated when it is first needed; a shard that exists is not sampled again,
+so a killed run goes on where it was.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@
 
 An arm is `ddim:T` (plain sampling in T steps, by Euler's form of DDIM where T does not divide 1000), or 100 steps of: `w8a8`,
 `w4a8`, `w4a8-rec` (quantized; to the nearest, or reconstructed), `deepcache:N`, `cachequant-w8a8:N`, `cachequant-w4a8:N`,
-`cachequant-w4a8-rec:N`; `+ends:1/10` or `+refresh` corrects those steps. `-raw` after the bits leaves the output uncorrected
+`cachequant-w4a8-rec:N`; `+ends:1/10` or `+refresh` corrects those steps. `-raw` after the bits leaves the output as it is.
 Every arm samples the seeds 0 … num − 1, and is calibrated when it is first needed; a shard that exists is not sampled again,
 so a killed run goes on where it was.
 """

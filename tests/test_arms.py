@@ -111,6 +111,7 @@ def test_names_and_kinds_are_made_where_there_are_none() -> None:
         ({"reconstruct": True}, ValueError, "nothing is quantized"),
         ({"layers": ["conv_in"]}, ValueError, "layers is given, but nothing is quantized"),
         ({"quant": "w8a8", "layers": "conv_in"}, TypeError, "a list of patterns"),
+        ({"quant": "w8a8", "layers": []}, TypeError, "expected glob patterns"),
         ({"cache": "slowcache:5"}, ValueError, "not understood"),
         ({"cache": 5}, TypeError, "deepcache:5"),
         ({"steps": "some"}, ValueError, "not understood"),

@@ -176,7 +176,8 @@ def test_what_another_run_has_made_is_taken_from_it(
     taken = tmp_path / "taken"
     assert not bench(longer, taken, workers=Workers(0), reused=[other], board=Board(told=told.append)).failed
     # Of five arms two shards of two; the last shard is longer now, and one is damaged; of the fine solution 3 images.
-    assert told[0] == f"{5 * 4 - 2 + 3} images were taken from {other}"
+    taken_images = 5 * 4 - 2 + 3
+    assert told[0] == f"taken from {other}: {taken_images} images, 1 calibrations, 0 figures"
     assert not [text for text in told if text.startswith("the calibration")]
     old = {(line["cell"], line["start"]): line for line in lines(other, "timings.jsonl")}
     times = [line for line in lines(taken, "timings.jsonl") if old.get((line["cell"], line["start"])) == line]
@@ -185,8 +186,39 @@ def test_what_another_run_has_made_is_taken_from_it(
     bench(longer, fresh, workers=Workers(0))
     assert content(fresh) == content(taken)
     assert content(other) == before
-    with pytest.raises(ValueError, match=r"--reuse .*nowhere: no run\.json"):
-        bench(longer, tmp_path / "other run", reused=[tmp_path / "nowhere"])
+    with pytest.raises(
+        ValueError, match=r"--reuse .*nowhere: no run\.json that can be read .*; give a folder that iec bench"
+    ):
+        bench(longer, tmp_path / "not begun", reused=[other, tmp_path / "nowhere"])
+    assert not list((tmp_path / "not begun").glob("cells/*"))
+
+
+def test_a_run_that_is_at_work_or_damaged_is_only_read(
+    model: Path, finished: tuple[Path, Outcome, float], tmp_path: Path
+) -> None:
+    other = shutil.copytree(finished[0], tmp_path / "other")
+    cells = {line["name"]: line["cell"] for line in lines(other)}
+    (other / "cells" / cells["DDIM"] / "manifest.json").write_text("{")
+    shutil.rmtree(next((other / "calibrations").iterdir()))
+    with open(other / "timings.jsonl", "ab") as file:
+        file.write(b'{"cell": "torn')
+    about = json.loads((other / "run.json").read_text())
+    (other / "run.json").write_text(json.dumps({**about, "versions": {**about["versions"], "torch": "1.0"}}))
+    before = {path: path.read_bytes() for path in other.rglob("*") if path.is_file()}
+    told: list[str] = []
+    taken = tmp_path / "taken"
+    assert not bench(recipe(model), taken, workers=Workers(0), reused=[other], board=Board(told=told.append)).failed
+    assert told[0] == (
+        f"taken from {other}: 23 images, 0 calibrations, 0 figures; not their seconds, as another machine or other versions "
+        "made them"
+    )
+    assert {path: path.read_bytes() for path in other.rglob("*") if path.is_file()} == before
+    assert content(taken) == content(finished[0])
+    assert {line["cell"] for line in lines(taken, "timings.jsonl")} == {cells["DDIM"]}
+    # By the clock: the calibration, which came with no images to make, is made now.
+    assert not (taken / "calibrations").exists()
+    outcome = bench(recipe(model), taken, workers=Workers(0), rounds=1)
+    assert not outcome.failed and len(lines(taken, "clock.jsonl")) == len(cells) - 1
 
 
 def test_another_arm_and_more_images_go_on_from_what_is_there(
@@ -319,8 +351,26 @@ def test_shards_of_different_kernels_are_told(
     assert not bench(recipe(model), folder, workers=Workers(0)).failed
     line = {line["name"]: line for line in lines(folder)}["W8A8"]
     first = {line["name"]: line for line in lines(finished[0])}["W8A8"]["kernel"]
-    assert line["kernel"] == f"another and {first}"
-    assert line["notes"] == [f"sampled by different kernels, another and {first}, which round differently"]
+    assert line["kernel"] == f"another, {first}"
+    assert line["notes"] == [f"sampled by different kernels, another, {first}, which round differently"]
+
+
+def test_kernels_that_differ_from_those_compared_with_are_told(model: Path, tmp_path: Path) -> None:
+    arms = [{"name": "W8A8", "quant": "w8a8"}, {"name": "W8A8 + IEC", "quant": "w8a8", "steps": "all"}]
+    assert not bench(recipe(model, *arms), tmp_path, workers=Workers(0)).failed
+    by_name = {line["name"]: line for line in lines(tmp_path)}
+    kernel = by_name["W8A8"]["kernel"]
+    assert by_name["W8A8 + IEC"]["notes"] == [] and kernel == by_name["W8A8 + IEC"]["kernel"]
+    shards = ShardSet.open(tmp_path / "cells" / by_name["W8A8"]["cell"])
+    for start, _ in shards.shards():
+        shards.write(start, **{**shards.read(start), "kernel": np.array("another")})
+    (tmp_path / "results.jsonl").unlink()
+    assert not bench(recipe(model, *arms), tmp_path, workers=Workers(0)).failed
+    told = {line["name"]: line["notes"] for line in lines(tmp_path)}
+    assert told["W8A8 + IEC"] == [
+        f"sampled by the kernel {kernel}, what it is compared with by another: they round differently"
+    ]
+    assert told["W8A8"] == []
 
 
 def test_arms_are_timed_in_turns(model: Path, finished: tuple[Path, Outcome, float], tmp_path: Path) -> None:
@@ -336,15 +386,30 @@ def test_arms_are_timed_in_turns(model: Path, finished: tuple[Path, Outcome, flo
     of = {result.cell: result.timing for result in outcome.report.run.entries}
     for cell in shown:
         timing = of[cell]
-        assert timing is not None and timing.in_turns and timing.peak
-        assert timing.per_image == tuple(line["seconds"] / 2 for line in clock if line["cell"] == cell)
+        assert timing is not None and timing.peak and len(timing.shards) == 3
+        assert timing.per_image == timing.rounds == tuple(line["seconds"] / 2 for line in clock if line["cell"] == cell)
     text = (folder / "report.md").read_text(encoding="utf-8")
-    assert "median of 2 rounds" in text and "Seconds for an image of the other arms" in text  # the fine solution's
+    assert "median of 2 rounds" in text and "Seconds for an image of references" in text  # the fine solution's
     # What a kill left of a round is made again, whole rounds stay.
     (folder / "clock.jsonl").write_text("".join(json.dumps(line) + "\n" for line in clock[:-1]))
     bench(recipe(model), folder, workers=Workers(0), rounds=3)
     again = lines(folder, "clock.jsonl")
     assert again[: len(shown)] == clock[: len(shown)] and len(again) == 3 * len(shown)
+    # Fewer arms leave the rounds as they are; a new one has none, so the seconds of shards are shown until it was timed, too.
+    bench(recipe(model, *ARMS[:2]), folder, workers=Workers(0), rounds=3)
+    assert lines(folder, "clock.jsonl") == again
+    outcome = bench(recipe(model, *ARMS, {"name": "new", "cache": "deepcache:3"}), folder, workers=Workers(0))
+    assert all(not result.timing.rounds for result in outcome.report.run.entries if result.timing)
+    assert "The rounds by the clock lack 1 arms" in (folder / "report.md").read_text(encoding="utf-8")
+
+
+def test_rounds_sample_no_more_than_a_shard_has(model: Path, tmp_path: Path) -> None:
+    run = {"num": 4, "shard": 2, "batch_size": 16, "num_inference_steps": 2, "device": "cpu"}
+    small = recipe(model, {"name": "DDIM"}, run=run)
+    bench(small, tmp_path, workers=Workers(0), rounds=1)
+    assert [line["images"] for line in lines(tmp_path, "clock.jsonl")] == [2]
+    with pytest.raises(ValueError, match=r"rounds=1 on the Ray cluster 'auto'"):
+        bench(small, tmp_path, workers=Workers(ray="auto"), rounds=1)
 
 
 def test_an_arm_that_fails_does_not_stop_the_others(
@@ -497,6 +562,10 @@ def test_the_command(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     again = CliRunner().invoke(app, ["bench", str(path), "--num", "2", "--workers", "0", "--out", "other", "--json"])
     assert json.loads(again.stdout)["finished"] == 3 and json.loads(again.stdout)["failed"] == {}
     assert content(tmp_path / "other") == content(tmp_path / "out" / "bench" / "some-quick")
+    given = ("--num", "2", "--workers", "0", "--out", "third", "--reuse", "other", "--rounds", "1")
+    third = CliRunner().invoke(app, ["bench", str(path), *given])
+    assert third.exit_code == 0 and "taken from other: 6 images, 0 calibrations, 0 figures" in third.stderr
+    assert len(lines(tmp_path / "third", "clock.jsonl")) == 2
 
 
 def test_the_command_tells_what_failed(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from iec.bench.cells import REFERENCES, Plan, plan
+from iec.bench.identity import bundled_calibrations
 from iec.bench.recipe import Entry, Recipe, recipe_of
 from iec.evaluate.arms import Arm
+from iec.pipeline.models import calibrations
 
 
 def recipe(*arms: dict[str, Any], **tables: Any) -> Recipe:
@@ -126,6 +128,12 @@ def test_calibrations_are_shared_and_bundled_ones_taken() -> None:
     assert [one.bundled for one in bundled.calibrations.values()] == ["w8a8-20"]
     changed = plan(recipe(*arms, calibration={"bundled": True}), "m", {"w8a8-20": "y"})
     assert cell(changed, "arm 0").hash != cell(bundled, "arm 0").hash
+
+
+def test_bundled_calibrations_are_known_by_their_content() -> None:
+    found = bundled_calibrations("fashion-mnist")
+    assert set(found) == set(calibrations("fashion-mnist")) and len(set(found.values())) == len(found) >= 4
+    assert bundled_calibrations("another") == {}
 
 
 def test_figures_are_of_arms_or_of_full_precision() -> None:

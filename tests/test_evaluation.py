@@ -373,6 +373,14 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_each(worse, tmp_path / "c", range(1, 9))
     outcome = CliRunner().invoke(app, ["evaluate", *map(str, (tmp_path / "a", "--baseline", tmp_path / "c"))])
     assert outcome.exit_code == 2
+    shorter = ("--model", "fashion-mnist", "--num", 3, "--num-inference-steps", 1, "--metrics", "is", "--draws", 0)
+    for baseline, said in (("a", r"baseline: .*000000\.png is paired with 000001"), ("c", "baseline holds")):
+        given = (*shorter, "--seed", 1, "--baseline", tmp_path / baseline)
+        save_each(worse[:2], tmp_path / "c2", range(1, 3))
+        if baseline == "c":
+            given = (*shorter, "--seed", 1, "--baseline", tmp_path / "c2")
+        told = CliRunner().invoke(app, ["evaluate", *map(str, given)])
+        assert told.exit_code == 2 and re.search(said, " ".join(told.output.split()))
     assert re.search(r"baseline: .*000001\.png is paired with .*000000\.png; both", outcome.output)
 
     again = json.loads(run(tmp_path / "a", "--against", kept, "--metrics", "fid,kid", "--json", "--draws", 0))

@@ -344,6 +344,17 @@ def test_growth_is_measured_anew_when_its_bound_is_known(tmp_path: Path) -> None
     both = analyse(bent(size=4), kinds=("growth", "spectral"), folder=tmp_path, **common)
     assert both.rows["growth"] == analyse(bent(size=4), kinds=("growth", "spectral"), **common).rows["growth"]
     assert any(row["bound"] is not None for row in both.rows["growth"])
+    # Without the norms the growth that has a bound stays; with other norms it is measured beside those.
+    assert analyse(bent(size=4), kinds=("growth",), folder=tmp_path, **common).rows["growth"] == json.loads(
+        json.dumps(both.rows["growth"])
+    )
+    finer = {**few, "spectral": {"relax": (0.5,), "iterations": 1}}
+    (tmp_path / "spectral.json").unlink()
+    (tmp_path / SAMPLES).unlink()
+    again = analyse(bent(size=4), kinds=("growth", "spectral"), folder=tmp_path, **{**common, "options": finer})
+    assert again.rows["growth"] != both.rows["growth"]
+    with pytest.raises(ValueError, match=r"growth\.json is of another study: num differ"):
+        analyse(bent(size=4), kinds=("growth",), folder=tmp_path, **{**common, "num": 1})
 
 
 def test_norms_go_on_in_the_middle_of_a_torn_line(tmp_path: Path) -> None:

@@ -136,8 +136,8 @@ def analyse(
                 default=str,
             )
         )
-        if kind == "growth":
-            told["bound"] = "spectral" in kinds
+        if kind == "growth" and "spectral" in kinds:
+            told["bound"] = study.about["spectral"]["options"]
         rows = None if folder is None else _resumed(Path(folder), kind, told)
         if rows is None:
             seeds = range(seed, seed + chosen.pop("num", num))
@@ -225,15 +225,17 @@ def _plain(value: Any) -> Any:
 
 
 def _resumed(folder: Path, kind: str, about: Mapping[str, Any]) -> list[Row] | None:
-    """The rows of a kind that the folder holds of the same study; None without any, and where growth was measured without the
-    bound that there is now, or with one. Raises ValueError for another study's."""
+    """The rows of a kind that the folder holds of the same study; None without any, and where growth has another bound, or none,
+    than there is now. Raises ValueError for another study's."""
     path = folder / f"{kind}.json"
     if not path.is_file():
         return None
     found = _read(path)
     different = sorted(key for key in {*about, *found["about"]} if about.get(key) != found["about"].get(key))
-    if different == ["bound"]:
-        return None
+    if kind == "growth" and "bound" in different:
+        if "bound" in about and different == ["bound"]:
+            return None
+        different.remove("bound")
     if different:
         raise ValueError(
             f"{path} is of another study: {', '.join(different)} differ; choose another folder, or delete that file"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -46,7 +47,7 @@ def facts(run: Run) -> Facts:
         ("batches", _pairs({key: options[key] for key in ("batch_size", "shard") if key in options})),
         ("calibration", _pairs(recipe.get("calibration"))),
         ("features", ", ".join(sorted({entry.network for entry in run.entries if entry.network}))),
-        ("kernels", ", ".join(sorted({entry.kernel for entry in run.entries if entry.kernel}))),
+        ("kernels", ", ".join(sorted(_kernels(run.entries)))),
         ("machine", _machine(run.about.get("machine"))),
         ("versions", _pairs(run.about.get("versions"))),
         ("sampling", _sampling(run.entries)),
@@ -82,7 +83,7 @@ def remarks(run: Run) -> list[str]:
             "FID and its kin are on the features named below, not Inception's: compare them only within this report."
         )
     timed = [entry.timing for entry in entries if entry.timing]
-    rounds = [len(timing.per_image) for timing in timed if timing.in_turns]
+    rounds = [len(timing.rounds) for timing in timed if timing.rounds]
     if rounds:
         lines.append(
             f"Seconds for an image are wall-clock, the median of {max(rounds)} rounds (fastest–slowest) in which the arms took "
@@ -90,19 +91,23 @@ def remarks(run: Run) -> list[str]:
         )
     if len(rounds) < len(timed):
         lines.append(
-            f"Seconds for an image {'of the other arms ' if rounds else ''}are wall-clock, the median over the shards "
+            f"Seconds for an image {'of references ' if rounds else ''}are wall-clock, the median over the shards "
             "(fastest–slowest); they vary from run to run and with what else the machine does."
         )
-    held = {timing.workers for timing in timed if timing.workers and not timing.in_turns}
+    held = {timing.workers for timing in timed if timing.workers and not timing.rounds}
     if len(held) > 1 or any(len(workers) > 1 for workers in held):
         lines.append("Not all shards ran beside as many others, so seconds compare only roughly.")
     if any(entry.timing and entry.timing.peak for entry in entries):
         lines.append("Peak memory is that of the process that sampled, Python and torch included.")
-    lines += [f"8-bit layers were computed by {_KERNELS[k]}." for k in _KERNELS if any(e.kernel == k for e in entries)]
+    lines += [f"8-bit layers were computed by {_KERNELS[k]}." for k in _KERNELS if k in _kernels(entries)]
     if any(entry.kind == "control" for entry in entries):
         lines.append("Controls (italic or green) spend about as many evaluations on something other than IEC.")
     left_out = [f"{entry.name}: {note}." for entry in entries for note in entry.notes]
     return [*lines, *dict.fromkeys(left_out), *run.notes]
+
+
+def _kernels(entries: tuple[Result, ...]) -> set[str]:
+    return {kernel for entry in entries if entry.kernel for kernel in entry.kernel.split(", ")}
 
 
 def _command(command: Any) -> str:
@@ -143,7 +148,7 @@ def _machine(machine: Any) -> str:
 
 def _sampling(entries: tuple[Result, ...]) -> str:
     """All measured seconds together; a cell in two groups counts once."""
-    timed = {entry.cell: entry.timing.median * entry.num for entry in entries if entry.timing}
+    timed = {e.cell: statistics.median(e.timing.shards) * e.num for e in entries if e.timing and e.timing.shards}
     if not timed:
         return ""
     total = sum(timed.values())

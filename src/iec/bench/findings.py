@@ -135,10 +135,10 @@ def _rival(entry: Result, shown: Sequence[Result], metric: str) -> Result | None
 def no_dearer(other: Result, entry: Result) -> bool:
     """Whether `other` costs no more than `entry`, as far as that can be said.
 
-    With the same quantization passes are counted: as few whole ones and as few in all, whatever a reuse pass costs. Between
-    different ones, whose passes do not compare, measured seconds decide.
+    With the same layers quantized alike passes are counted: as few whole ones and as few in all, whatever a reuse pass costs.
+    Between different ones, whose passes do not compare, measured seconds decide.
     """
-    if other.arm.get("quant") == entry.arm.get("quant"):
+    if all(other.arm.get(key) == entry.arm.get(key) for key in ("quant", "layers")):
         return other.whole <= entry.whole and other.evaluations <= entry.evaluations
     if other.timing is None or entry.timing is None:
         return False

@@ -55,8 +55,7 @@ class RunFolder:
             "model": model,
             "stand_in": None if stand_in is None else stand_in.model,
             "command": list(command),
-            "machine": {key: value for key, value in machine().items() if key != "threads"},
-            "versions": versions(),
+            **here(),
             "fingerprint": fingerprint.plain([recipe, model]),
             "cells": [row.plain() for row in plan.rows],
         }
@@ -151,15 +150,17 @@ class RunFolder:
         """Where a figure that is being made keeps what it has so far."""
         return self.root / "figures" / f"{cell.hash}.unfinished"
 
-    def rounds(self, cells: set[str]) -> int:
-        """How many rounds have timed each of `cells`, in turns; what is left of others is forgotten."""
-        by_round: dict[int, set[str]] = {}
+    def rounds(self, batches: Mapping[str, int]) -> int:
+        """How many rounds have timed, in turns, all of the cells in `batches`, by as many images; others are forgotten."""
+        by_round: dict[int, set[tuple[str, int]]] = {}
         for line in self.clock.values:
-            by_round.setdefault(line["round"], set()).add(line["cell"])
-        count = 0
-        while by_round.get(count) == cells:
+            by_round.setdefault(line["round"], set()).add((line["cell"], line["images"]))
+        count, wanted = 0, set(batches.items())
+        while by_round.get(count, set()) >= wanted:
             count += 1
-        self.clock.keep(lambda line: line["round"] < count)
+        self.clock.keep(
+            lambda line: line["round"] < count and line["images"] == batches.get(line["cell"], line["images"])
+        )
         return count
 
     def tidy_timings(self, present: set[tuple[str, int]]) -> None:
@@ -167,6 +168,11 @@ class RunFolder:
         last = {(line["cell"], line["start"]): id(line) for line in self.timings.values}
         kept = {number for key, number in last.items() if key in present}
         self.timings.keep(lambda line: id(line) in kept)
+
+
+def here() -> dict[str, Any]:
+    """The machine and the versions that seconds and memory depend on, as run.json has them."""
+    return {"machine": {key: value for key, value in machine().items() if key != "threads"}, "versions": versions()}
 
 
 def figure_hash(folder: Path) -> str | None:

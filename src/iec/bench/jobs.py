@@ -145,18 +145,25 @@ class Jobs:
         )
         return sampling.tasks(self.folder.shards(cell), parts, calibration, f"shard {cell.hash} ", after, self.ship)
 
+    def batch(self, cell: Cell) -> int:
+        """The images of the batch by which a cell is timed."""
+        return min(self.recipe.run.batch_size, self.recipe.run.shard, cell.num)
+
     def clock(self, cells: list[Cell], begin: int, end: int) -> list[Task]:
-        """The tasks of the rounds `begin` … `end` − 1, in each of which every one of `cells` samples one batch."""
-        tasks = []
+        """The tasks of the rounds `begin` … `end` − 1, in each of which every one of `cells` samples one batch; before them those
+        that make calibrations which are gone."""
+        tasks, first = [], dict.fromkeys(self.by_key)
         for number in range(begin, end):
             for cell in cells:
-                count = min(self.recipe.run.batch_size, cell.num)
+                count = self.batch(cell)
                 (task,) = self._sampling(cell, [(0, count)])
-                task = replace(task, key=f"clock {cell.hash} {number}", function="iec.bench.work:time_batch", after=())
+                task = replace(task, key=f"clock {cell.hash} {number}", function="iec.bench.work:time_batch")
                 task.arguments["seeds"] = task.arguments["seeds"][:count]
                 self._add(Job("clock", task, cell, start=number, count=count))
                 tasks.append(task)
-        return tasks
+        gone = [job.task for key, job in self.by_key.items() if job.what == "calibration" and key not in first]
+        there = {task.key for task in (*gone, *tasks)}  # what a task waits for may have been done by this run
+        return [*gone, *(replace(task, after=tuple(key for key in task.after if key in there)) for task in tasks)]
 
     def _statistics(self, cell: Cell) -> None:
         key, targets = self.measuring.key(cell), self.measuring.targets(cell)

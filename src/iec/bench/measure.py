@@ -54,6 +54,7 @@ class Measuring:
         self.reference = self._reference()
         self._content = self._digest()
         self._evaluations: dict[str, Evaluation] = {}
+        self._counted: dict[str, dict[str, Any]] = {}
 
     def _reference(self) -> ReferenceSet | None:
         names, data = self.recipe.metrics.names, self.recipe.references.data
@@ -142,8 +143,14 @@ class Measuring:
         infinite = [name for name, interval in ours.metrics.items() if not math.isfinite(interval.value)]
         notes += [f"{name} is infinite: the images are equal" for name in infinite]
         passes = self._passes(cell)
-        if " and " in (passes["kernel"] or ""):
+        if len(passes["kernel"].split(", ")) > 1:
             notes.append(f"sampled by different kernels, {passes['kernel']}, which round differently")
+        others = {self._passes(self.plan.cells[other])["kernel"] for other in cell.beside}
+        if passes["kernel"] and others - {passes["kernel"], ""}:
+            told = ", ".join(sorted(others - {passes["kernel"], ""}))
+            notes.append(
+                f"sampled by the kernel {passes['kernel']}, what it is compared with by {told}: they round differently"
+            )
         row = self.plan.row(cell.hash).plain()
         return {
             "version": VERSION,
@@ -155,6 +162,7 @@ class Measuring:
             "fine": cell.fine,
             "num": cell.num,
             **passes,
+            "kernel": passes["kernel"] or None,
             "metrics": _plain(ours.metrics),
             "differences": differences,
             "network": None if isinstance(self.network, NoNetwork) else ours.network,
@@ -164,17 +172,20 @@ class Measuring:
 
     def _passes(self, cell: Cell) -> dict[str, Any]:
         """Denoiser passes per image, bytes of the weights, the kernel: what the shards keep of their sampling."""
+        if cell.hash in self._counted:
+            return dict(self._counted[cell.hash])
         shards, size = self.folder.shards(cell), self.recipe.run.batch_size
         held = [(len(arrays["images"]), counts(arrays)) for arrays in map(shards.read, _starts(self.folder, cell))]
         batches = sum(math.ceil(images / size) for images, _ in held)
         total, reused = (sum(of[name] for _, of in held) / batches for name in ("evaluations", "reused"))
-        return {
+        self._counted[cell.hash] = {
             "evaluations": _whole(total),
             "whole": _whole(total - reused),
             "reused": _whole(reused),
             "weights": held[0][1].get("weights", 0),
-            "kernel": " and ".join(sorted({str(of["kernel"]) for _, of in held if of.get("kernel")})) or None,
+            "kernel": ", ".join(sorted({str(of["kernel"]) for _, of in held if of.get("kernel")})),
         }
+        return dict(self._counted[cell.hash])
 
 
 def _starts(folder: RunFolder, cell: Cell) -> Sequence[int]:

@@ -1,8 +1,8 @@
-"""What a bench run left in its folder, read back: run.json, results.jsonl, timings.jsonl.
+"""What a bench run left in its folder, read back: run.json, results.jsonl, timings.jsonl, clock.jsonl.
 
 A line of results.jsonl is what one cell (an arm, its seeds, its calibration) gave; a line of timings.jsonl what one of its
-shards took. Both files are appended to while the run goes on, so a last line may be torn: it is left out, as the run will write
-it again.
+shards took, one of clock.jsonl what a batch of it took in a round. The files are appended to while the run goes on, so a last
+line may be torn: it is left out, as the run will write it again.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from iec.bench.cells import REFERENCES
 
 RUN, RESULTS, TIMINGS, CLOCK = "run.json", "results.jsonl", "timings.jsonl", "clock.jsonl"
 VERSION = 1
@@ -36,15 +38,20 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Timing:
-    """What the shards of a cell took: `per_image` seconds of each shard, the highest `peak` memory in bytes (None: not
-    measured), and the `threads` and `workers` they ran with, each as often as it occurred. `in_turns`: the seconds are those of
-    rounds in which all arms took turns, with nothing beside them."""
+    """What a cell took: `shards`, the seconds an image of each shard, the highest `peak` memory in bytes (None: not measured),
+    and the `threads` and `workers` they ran with, each as often as it occurred. `rounds`: the seconds an image of each round in
+    which all arms took turns with nothing beside them, which tell more; empty without any."""
 
-    per_image: tuple[float, ...]
+    shards: tuple[float, ...]
     peak: int | None
     threads: tuple[int, ...]
     workers: tuple[int, ...]
-    in_turns: bool = False
+    rounds: tuple[float, ...] = ()
+
+    @property
+    def per_image(self) -> tuple[float, ...]:
+        """Seconds an image: of each round, or else of each shard."""
+        return self.rounds or self.shards
 
     @property
     def median(self) -> float:
@@ -152,7 +159,7 @@ def load_run(folder: str | Path) -> Run:
     if not isinstance(about, dict):
         raise ValueError(f"{folder / RUN} holds {type(about).__name__}, expected an object")
     notes: list[str] = []
-    timings = _in_turns(_timings(folder / TIMINGS, notes), _timings(folder / CLOCK, notes))
+    timings, clock = _timings(folder / TIMINGS, notes), _timings(folder / CLOCK, notes)
     by_cell: dict[str, Result] = {}
     for number, line in _lines(folder / RESULTS, notes):
         try:
@@ -162,6 +169,7 @@ def load_run(folder: str | Path) -> Run:
             raise ValueError(f"{folder / RESULTS}, line {number}: {what}") from error
         by_cell[entry.cell] = entry
     entries, missing = _as_planned(about.get("cells"), by_cell, notes)
+    entries = _in_turns(entries, clock, notes)
     options = about.get("recipe", {}).get("run", {}).get("scheduler_options") or {}
     entries = tuple(replace(entry, name=_shorter(entry.name, options)) for entry in entries)
     return Run(folder, about, entries, tuple(_shorter(name, options) for name in missing), tuple(notes))
@@ -259,14 +267,22 @@ def _estimate(value: Mapping[str, Any]) -> Estimate:
     return Estimate(float(value["value"]), value.get("low"), value.get("high"))
 
 
-def _in_turns(shards: dict[str, Timing], rounds: dict[str, Timing]) -> dict[str, Timing]:
-    """The timings with the seconds of the rounds, where there are any."""
+def _in_turns(entries: tuple[Result, ...], clock: Mapping[str, Timing], notes: list[str]) -> tuple[Result, ...]:
+    """The entries with the seconds of the rounds, if these timed all that stand in tables; with shards' they do not compare."""
+    lacking = [entry.name for entry in entries if entry.cell not in clock and entry.group != REFERENCES]
+    if not clock or lacking:
+        if clock and lacking:
+            notes.append(
+                f"The rounds by the clock lack {len(lacking)} arms, so they are not shown: give --rounds again."
+            )
+        return entries
     bare = Timing((), None, (), ())
-    timed = {
-        cell: replace(shards.get(cell, bare), per_image=clock.per_image, in_turns=True)
-        for cell, clock in rounds.items()
-    }
-    return {**shards, **timed}
+    return tuple(
+        replace(entry, timing=replace(entry.timing or bare, rounds=clock[entry.cell].shards))
+        if entry.cell in clock
+        else entry
+        for entry in entries
+    )
 
 
 def _timings(path: Path, notes: list[str]) -> dict[str, Timing]:

@@ -26,7 +26,7 @@ from iec.bench.jobs import Job, Jobs, Workers
 from iec.bench.measure import Measuring
 from iec.bench.recipe import Entry, Recipe
 from iec.bench.report import Report, report
-from iec.bench.reuse import reuse
+from iec.bench.reuse import check_run, reuse
 from iec.bench.store import held
 from iec.evaluate.arms import Arm
 from iec.evaluate.held import HELD
@@ -63,10 +63,16 @@ def bench(
         command: what the user typed, for the report.
         board: is told how far the run is.
 
-    Raises ValueError, before anything is sampled, for a recipe that cannot be run here, or a folder without a run in `reused`;
+    Raises ValueError, before anything is sampled, for a recipe that cannot be run here, a folder without a run in `reused`, or
+    rounds on a Ray cluster;
     RuntimeError when another run is at work there, or the disk is full. Arms that fail do not stop the others: they are in the
     outcome.
     """
+    if rounds and workers is not None and workers.ray not in (None, "local"):
+        raise ValueError(
+            f"rounds={rounds} on the Ray cluster {workers.ray!r}: its workers may be on different machines, so the arms cannot "
+            "be timed in turns by one; leave out the rounds, or use local workers"
+        )
     root = Path(out)
     with held(root):
         run = _Run(recipe, root, workers or Workers(), board or Board(), reused)
@@ -86,6 +92,8 @@ class _Run:
     def prepare(self, command: Sequence[str]) -> None:
         """All that is decided before the first task: the model, the cells, run.json, what is left to do."""
         recipe = self.recipe
+        for other in self.reused:
+            check_run(other)
         _sweep(self.root)
         self.model = model_of(recipe, self.folder.model())
         identity = model_identity(self.model)
@@ -115,8 +123,7 @@ class _Run:
 
     def _reuse(self, plan: Plan) -> None:
         for other in self.reused:
-            if taken := reuse(self.folder, plan, other):
-                self.board.told(f"{taken} images were taken from {other}")
+            self.board.told(f"taken from {other}: {reuse(self.folder, plan, other)}")
 
     def _of(self, what: str) -> list[Job]:
         return [job for job in self.jobs.by_key.values() if job.what == what]
@@ -181,10 +188,12 @@ class _Run:
             return
         shown = {row.cell for row in self.plan.rows if row.entry.group != REFERENCES}
         cells = [cell for cell in self.plan.cells.values() if cell.hash in shown & self.measured]
-        there = self.folder.rounds({cell.hash for cell in cells})
-        if there < rounds and cells:
+        if not cells:
+            return
+        there = self.folder.rounds({cell.hash: self.jobs.batch(cell) for cell in cells})
+        if there < rounds:
             self.board.told(f"rounds {there + 1} to {rounds} of {len(cells)} arms by the clock")
-            self._run(self.jobs.clock(cells, there, rounds), min(1, self.workers.count(1) or 1))
+            self._run(self.jobs.clock(cells, there, rounds), 0 if self.workers.number == 0 else 1)
 
     def _run(self, tasks: list[Task], workers: int | None = None) -> None:
         threads = self.recipe.run.threads
@@ -286,7 +295,7 @@ class _Run:
     def _fail(self, job: Job, message: str) -> None:
         """Note what failed, once for each cell."""
         name = self._called(job.task.key)
-        if job.cell is not None:
+        if job.cell is not None and job.what != "clock":
             standing = self.board.standings[job.cell.hash]
             if standing.state == "failed":
                 return

@@ -77,6 +77,17 @@ class Lines:
         return len(dropped)
 
 
+def intact(path: Path) -> list[dict[str, Any]]:
+    """The objects of a jsonl file that another process may be writing to: it is only read, and damaged lines are left out."""
+    found = []
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError):
+            value = json.loads(line)
+            if isinstance(value, dict):
+                found.append(value)
+    return found
+
+
 @contextlib.contextmanager
 def room(path: Path) -> Iterator[None]:
     """Say what a full disk means while `path` is written: RuntimeError, all that was done is kept."""

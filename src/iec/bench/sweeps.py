@@ -89,6 +89,7 @@ def _named(template: str, values: Mapping[str, Any]) -> str:
     known = {each.name: getattr(arm, each.name) for each in fields(Arm) if each.name != "name"}
     known |= {key: values[key] for key in ("cache",) if key in values}
     known["relax"] = ", ".join(f"{factor:g}" for factor in arm.relax)
+    known["layers"] = " ".join(arm.layers)
     known["steps"] = arm.steps or "none"
     unknown = [name for name in wanted if name not in known]
     if unknown:

@@ -109,7 +109,7 @@ def evaluate(
                 model, place, seeds, num_inference_steps, batch_size, made, equipment, texts, progress
             )
             others |= more
-        source = as_source(source) if model is not None else open_source(source)
+        source = as_source(source, seed) if model is not None else open_source(source)
         evaluations = []
         for each, name in [(source, "features")] + ([] if rival is None else [(rival, "baseline")]):
             statistics = gather(

@@ -55,7 +55,8 @@ def sample(
         ),
     ] = None,
     scheduler: Annotated[
-        str | None, typer.Option(metavar="NAME", help="A scheduler class of diffusers.  [default: the model's]")
+        str | None,
+        typer.Option(metavar="NAME", help="A scheduler class of diffusers, or ours.  [default: the model's]"),
     ] = None,
     prompt: Annotated[
         str | None, typer.Option(metavar="TEXT", help="Text, for text-to-image models; @FILE: line i for image i.")

@@ -35,10 +35,10 @@ class Arm:
         name: what people call it.
         kind: what it is in a comparison.
         num_inference_steps: T, at least 1.
-        scheduler: a diffusers class name; None: the pipeline's own.
+        scheduler: a class name of diffusers or ours; None: the pipeline's own.
         scheduler_options: entries of the scheduler's config that are changed.
         quant: the field of a quantized denoiser, "w8a8" or "w4a8"; None: as it is.
-        layers: which layers are quantized, as `QuantConfig` takes them; its default is all.
+        layers: which layers are quantized: a list of patterns, see `QuantConfig`; all by default.
         reconstruct: learn the rounding of the weights.
         cache: a feature cache, or its spelling ("deepcache:5", see `iec.caches.spelling`).
         steps: a correction plan (see `iec.plan.resolve`); None or "none": no correction.
@@ -80,6 +80,7 @@ class Arm:
         if not isinstance(self.layers, list | tuple) or not all(isinstance(each, str) for each in self.layers):
             raise TypeError(f"layers is {self.layers!r}, expected a list of patterns such as ['*', '!conv_in']")
         self._set("layers", tuple(self.layers))
+        QuantConfig(layers=self.layers)  # refuses an empty list
         for name, given in (("reconstruct", self.reconstruct), ("layers", self.layers != ("*",))):
             if given and self.quant is None:
                 raise ValueError(f"{name} is given, but nothing is quantized; give quant too")

@@ -85,6 +85,11 @@ def statistics_of_source(
     others = {name: _aligned(other, batch_size, limit) for name, other in {**beside, **(rivals or {})}.items()}
     for images, places in source.batches(batch_size, limit):
         found = {name: _next(name, batches, images, places) for name, batches in others.items()}
+        for name in rivals or {}:
+            if len(found[name]) < len(images):
+                raise ValueError(
+                    f"{name} holds {done + len(found[name])} images, fewer than {source.name}; give as many"
+                )
         pairs = {name: found[f"target {name!r}"] for name in targets or {}}
         scores = {}
         if text_score is not None:

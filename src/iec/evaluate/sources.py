@@ -77,8 +77,8 @@ def _like(first: Picture, picture: Picture) -> Picture:
     return picture
 
 
-def as_source(images: torch.Tensor | ImageSource) -> ImageSource:
-    """A source; images in memory, uint8 (N, C, H, W), become one.
+def as_source(images: torch.Tensor | ImageSource, seed: int | None = None) -> ImageSource:
+    """A source; images in memory, uint8 (N, C, H, W), become one. `seed`: of the first, where they were sampled in order.
 
     Raises TypeError for images of another type, ValueError for another shape.
     """
@@ -88,7 +88,8 @@ def as_source(images: torch.Tensor | ImageSource) -> ImageSource:
         raise TypeError(f"images are {images.dtype}, expected uint8")
     if images.ndim != 4:
         raise ValueError(f"images have the shape {tuple(images.shape)}, expected (N, C, H, W)")
-    return ImageSource("images", lambda: (Picture(image, f"image {i}") for i, image in enumerate(images)))
+    places = [f"image {i}" if seed is None else f"{seed + i:06d}" for i in range(len(images))]
+    return ImageSource("images", lambda: (Picture(*each) for each in zip(images, places, strict=True)))
 
 
 def open_source(spec: str | Path, *, crop: int | None = None) -> ImageSource:

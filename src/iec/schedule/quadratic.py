@@ -17,7 +17,8 @@ SHARE = 0.8  # of the training steps: where the first timestep is
 
 
 class QuadraticDDIMScheduler(DDIMScheduler):
-    """diffusers' `DDIMScheduler` at the timesteps ⌊(j/(T−1) · √(0.8 N))²⌋, j = T − 1 … 0, N being the training steps.
+    """diffusers' `DDIMScheduler` at the timesteps ⌊(j/(T−1) · √(0.8 N))²⌋, j = T − 1 … 0, N being the training steps, in the
+    floating point of numpy.linspace, as released (for some T a square of a whole number comes out one lower).
 
     The lowest of them coincide (for T = 100 and N = 1000 there are 96); a step between equal timesteps changes nothing and is
     left out, so there may be fewer steps than asked for. Each goes to the next timestep of the list, the last one to ᾱ = 1 (or

@@ -4,13 +4,12 @@ diffusers' DDIMPipeline works with DDIM alone and its DDPMPipeline with the few 
 comparing solvers on an unconditional model needs a loop that asks the scheduler what it takes.
 """
 
-from __future__ import annotations
-
+# No postponed annotations: when a saved pipeline is loaded, older versions of diffusers look up the types of __init__.
 import inspect
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
 
@@ -22,7 +21,7 @@ class UnconditionalPipeline(DiffusionPipeline):
 
     model_cpu_offload_seq = "unet"
 
-    def __init__(self, unet: Any, scheduler: Any) -> None:
+    def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin) -> None:
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
 

@@ -167,7 +167,9 @@ def test_layers_that_never_run_are_skipped(pipe: Any) -> None:
         ({"num_inference_steps": 0}, ValueError, "expected at least 1"),
         ({"prompt": "a cat"}, ValueError, "takes no prompt"),
         ({"generator": 3}, ValueError, "set by IEC itself"),
-        ({"quant": iec.QuantConfig(layers="nowhere")}, TypeError, "nothing to quantize"),
+        ({"quant": iec.QuantConfig(layers="nowhere")}, ValueError, "no layer is named 'nowhere'; they are conv_in, "),
+        ({"quant": iec.QuantConfig(layers=("*", "!conv_inn"))}, ValueError, "named 'conv_inn'; did you mean 'conv_in'"),
+        ({"quant": iec.QuantConfig(layers="!*")}, TypeError, "nothing to quantize"),
     ],
 )
 def test_refusals_leave_the_pipeline_alone(pipe: Any, changes: dict[str, Any], error: Any, message: str) -> None:

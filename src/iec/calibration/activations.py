@@ -24,7 +24,7 @@ from iec.plan import CachePlan
 from iec.quant.config import QuantConfig
 from iec.quant.observe import Observers
 from iec.quant.reconstruct import Reconstruction
-from iec.quant.sites import find
+from iec.quant.sites import check_patterns, find
 
 
 class Reuse:
@@ -76,6 +76,7 @@ class Activations(Passage):
 
     def __init__(self, held: Installation, config: QuantConfig, num_steps: int, reuse: Reuse | None = None) -> None:
         super().__init__(held)
+        check_patterns(self.models.values(), config)
         self.observers = {
             name: Observers(find(model, config, prefix=name), config, num_steps) for name, model in self.models.items()
         }

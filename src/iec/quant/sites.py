@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+import fnmatch
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +41,23 @@ class Sites:
     layers: tuple[Site, ...]
     attentions: dict[str, nn.Module] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+
+
+def check_patterns(models: Iterable[nn.Module], config: QuantConfig) -> None:
+    """Raise ValueError for a pattern of `config.layers` that names no layer of any of the `models`: a slip of the pen."""
+    if callable(config.layers):
+        return
+    known = [name for model in models for name, module in model.named_modules() if isinstance(module, tuple(KINDS))]
+    for pattern in config.layers:
+        wanted = pattern.removeprefix("!")
+        if not fnmatch.filter(known, wanted):
+            near = difflib.get_close_matches(wanted, known, 1)
+            hint = (
+                f"did you mean {near[0]!r}?"
+                if near
+                else f"they are {', '.join(known[:3])}, ..., {', '.join(known[-2:])}"
+            )
+            raise ValueError(f"layers={config.layers!r}: no layer is named {wanted!r}; {hint}")
 
 
 def find(model: nn.Module, config: QuantConfig, prefix: str = "unet") -> Sites:

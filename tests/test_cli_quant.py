@@ -141,7 +141,7 @@ def test_an_interrupted_calibration_goes_on(model: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--layers", "nowhere"], "TypeError: nothing to quantize"),
+        (["--layers", "nowhere"], "no layer is named 'nowhere'"),
         (["--reconstruct", "model"], "unit is 'model', expected 'block' or 'layer'"),
         (["--iters", 3], "add --reconstruct"),
         (["--prompt", "a cat"], "takes no prompt"),

@@ -1,11 +1,11 @@
 """What the wrapper itself costs: a corrected run against what as many evaluations of the denoiser cost without it.
 
     python benchmarks/overhead.py
-    python benchmarks/overhead.py --cached --batch-size 8 --threads 1 --cpu-time
+    python benchmarks/overhead.py --cache deepcache --cache cachequant --batch-size 8 --threads 1 --cpu-time
     python benchmarks/overhead.py --device cuda --batch-size 64 --json
 
 Nothing corrected (T evaluations against a plain run of T steps), and every step corrected once (2T against a plain run of 2T).
-With --cached also DeepCache and CacheQuant W8A8 (int8 kernels) corrected at their whole passes, R of T: such a run against the
+With --cache instead DeepCache, CacheQuant W8A8 (int8 kernels), corrected at their whole passes, R of T: such a run against the
 same cached run without corrections and R / T of a run of T whole evaluations.
 The runs of a comparison alternate in random order, so that a machine that slows down slows all of them.
 """
@@ -26,7 +26,8 @@ from diffusers.utils import logging
 
 import iec
 
-INTERVAL, BRANCH = 5, 0  # of the caches
+CACHES = {"deepcache": iec.DeepCache, "cachequant": iec.CacheQuant}
+INTERVAL, BRANCH = 5, 0
 
 
 def ratio_of_medians(times: np.ndarray, weights: np.ndarray, resamples: int = 4000) -> tuple[float, float, float]:
@@ -104,30 +105,26 @@ def uncached_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def cached_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """IEC at the whole passes of DeepCache, and of CacheQuant W8A8."""
-    compare, rows = Comparison(options), []
-    quantized = iec.CacheQuant(INTERVAL, branch=BRANCH)
-    calibration = iec.calibrate(
-        plain(options), iec.QuantConfig(), quantized, num_inference_steps=options.steps, num_samples=4, batch_size=4
-    )
-    for cache in (iec.DeepCache(INTERVAL, branch=BRANCH), quantized):
-        whole, cached = plain(options), plain(options)
-        table = calibration if cache is quantized else None
-        if table:
-            for pipe in (whole, cached):
-                iec.quantize(pipe, table)
-            iec.cache(cached, cache, table)
-        else:
-            iec.cache(cached, cache)
-        refreshes = len(iec.DeepCache(INTERVAL).plan(options.steps))  # CacheQuant has as many, elsewhere
-        run = compare.corrected(cached, "refresh", options.steps + refreshes)
-        parts: list[tuple[Callable[[], float], float]] = [
-            (lambda pipe=cached: compare.timed(pipe, options.steps), 1.0),
-            (lambda pipe=whole: compare.timed(pipe, options.steps), refreshes / options.steps),
-        ]
-        rows.append(compare.row(f"refresh, {type(cache).__name__} N={INTERVAL}", run, parts))
-    return rows
+def cached_row(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """IEC at the whole passes of a cache."""
+    compare, whole, cached = Comparison(options), plain(options), plain(options)
+    cache = CACHES[name](INTERVAL, branch=BRANCH)
+    if isinstance(cache, iec.CacheQuant):  # few samples do, as speed does not depend on the numbers in a calibration
+        calibration = iec.calibrate(
+            plain(options), iec.QuantConfig(), cache, num_inference_steps=options.steps, num_samples=4, batch_size=4
+        )
+        for pipe in (whole, cached):
+            iec.quantize(pipe, calibration)
+        iec.cache(cached, cache, calibration)
+    else:
+        iec.cache(cached, cache)
+    refreshes = len(iec.DeepCache(INTERVAL).plan(options.steps))  # CacheQuant has as many, elsewhere
+    run = compare.corrected(cached, "refresh", options.steps + refreshes)
+    parts: list[tuple[Callable[[], float], float]] = [
+        (lambda: compare.timed(cached, options.steps), 1.0),
+        (lambda: compare.timed(whole, options.steps), refreshes / options.steps),
+    ]
+    return compare.row(f"refresh, {name} N={INTERVAL}", run, parts)
 
 
 def main() -> None:
@@ -136,7 +133,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, help="sampling steps T")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--repetitions", type=int, default=40)
-    parser.add_argument("--cached", action="store_true", help="IEC on caches, instead of on the plain model")
+    parser.add_argument("--cache", action="append", choices=list(CACHES), help="IEC on this, not on the plain model")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     parser.add_argument("--cpu-time", action="store_true", help="time of this process alone, for a busy machine")
@@ -147,7 +144,7 @@ def main() -> None:
     logging.disable_progress_bar()
 
     gc.disable()
-    rows = (cached_rows if options.cached else uncached_rows)(options)
+    rows = [cached_row(name, options) for name in options.cache] if options.cache else uncached_rows(options)
     if options.json:
         print(json.dumps({**vars(options), "torch_threads": torch.get_num_threads(), "results": rows}, indent=2))
         return

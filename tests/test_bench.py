@@ -487,6 +487,21 @@ def test_controls_stand_beside_the_arms_that_they_are_equal_to(model: Path, tmp_
     assert {line["full"] for line in controls} <= {full, None}
     assert all("rmse_full" in line["differences"][found["IEC"]["cell"]] for line in controls if line["full"])
 
+    # Taken over twice: what the arms need before their controls are known, then what the controls need.
+    told: list[str] = []
+    taken = tmp_path / "taken"
+    again = recipe(model, *arms, run=run, **extra)
+    assert not bench(again, taken, workers=Workers(0), reused=[tmp_path], board=Board(told=told.append)).failed
+    both = [text for text in told if text.startswith("taken from")]
+    cells = {line["cell"]: line["kind"] for line in lines(tmp_path)}
+    arm, rest = sum(kind != "control" for kind in cells.values()), len(cells)
+    calibrations = len(list((tmp_path / "calibrations").iterdir()))
+    assert both == [
+        f"taken from {tmp_path}: {2 * arm} images, 1 calibrations, 0 figures",
+        f"taken from {tmp_path}: {2 * (rest - arm)} images, {calibrations - 1} calibrations, 0 figures",
+    ]
+    assert content(taken) == content(tmp_path)
+
 
 def test_figures_are_drawn_once(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figures = [
@@ -512,6 +527,13 @@ def test_figures_are_drawn_once(model: Path, tmp_path: Path, monkeypatch: pytest
     other = [{**figures[0], "num": 1}, *figures[1:2]]
     bench(recipe(model, *arms, figure=other, **extra), tmp_path, workers=Workers(0))
     assert done == ["figure Fig. 2"]
+
+    done.clear()
+    taken = tmp_path / "taken"
+    bench(recipe(model, *arms, figure=figures, **extra), taken, workers=Workers(0), reused=[tmp_path])
+    assert [key for key in done if key.startswith("figure")] == ["figure growth"]
+    for name in files:
+        assert (taken / name).read_bytes() == (tmp_path / name).read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -135,6 +135,18 @@ def test_quick_stand_in_controls_and_values_of_the_command_line_lie_over_it(tmp_
     assert small.metrics.names == ("rmse_full",) and small.controls.enabled and len(small.entries) == 10
 
 
+def test_only_the_groups_that_are_asked_for_are_left(tmp_path: Path) -> None:
+    path = written(tmp_path, WHOLE)
+    eight = load_recipe(path, groups=["W*"])
+    assert [entry.group for entry in eight.entries] == ["W8A8"] * 2 and eight.figures == load_recipe(path).figures
+    swept = load_recipe(path, groups=["sweep"])
+    assert len(swept.entries) == 8 and not swept.figures  # its figure is of an arm that is not there
+    assert load_recipe(path, groups=["sw*", "W8A8"]).entries == load_recipe(path).entries
+    assert recipe_of(swept.plain(), "again").entries == swept.entries
+    with pytest.raises(ValueError, match="no group of arms is named 'w8a8'; known are 'W8A8', 'sweep'"):
+        load_recipe(path, groups=["sweep", "w8a8"])
+
+
 def test_a_recipe_is_made_again_from_its_table(tmp_path: Path) -> None:
     recipe = load_recipe(written(tmp_path, WHOLE), quick=True)
     assert recipe_of(recipe.table, "again") == recipe

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from fnmatch import fnmatchcase
 from importlib import resources
@@ -119,12 +119,19 @@ _OVERRIDES = ("run", "calibration", "references", "metrics", "conditions", "arms
 
 
 def load_recipe(
-    name_or_path: str | Path, *, quick: bool = False, stand_in: bool = False, controls: bool = False, **run: Any
+    name_or_path: str | Path,
+    *,
+    quick: bool = False,
+    stand_in: bool = False,
+    controls: bool = False,
+    groups: Sequence[str] = (),
+    **run: Any,
 ) -> Recipe:
     """Read a bundled recipe by its name, or a TOML file by its path.
 
-    quick, stand_in: lay the recipe's tables of these names over the others. controls: as `enabled` in [controls]. run: values
-    for [run], None: as the recipe says. Raises ValueError, naming file and key, for what is no recipe.
+    quick, stand_in: lay the recipe's tables of these names over the others. controls: as `enabled` in [controls]. groups: of
+    the groups of arms only those that one of these patterns (*, ?) names; empty: all. run: values for [run], None: as the
+    recipe says. Raises ValueError, naming file and key, for what is no recipe, and for a pattern that names no group.
     """
     where, text, folder = _found(name_or_path)
     try:
@@ -138,7 +145,23 @@ def load_recipe(
     given = {key: value for key, value in run.items() if value is not None}
     if given:
         table["run"] = {**table.get("run", {}), **given}
-    return recipe_of(table, where, folder)
+    return recipe_of(_of_groups(table, groups, where) if groups else table, where, folder)
+
+
+def _of_groups(table: dict[str, Any], patterns: Sequence[str], where: str) -> dict[str, Any]:
+    """The table with the arms of these groups alone, and the figures that need no others."""
+    listed = {kind: [(str(arm.get("group", "")), arm) for arm in table.get(kind, [])] for kind in ("arm", "sweep")}
+    known = dict.fromkeys(group for arms in listed.values() for group, _ in arms)
+    for pattern in patterns:
+        if not any(fnmatchcase(group, pattern) for group in known):
+            raise ValueError(f"{where}: no group of arms is named {pattern!r}; known are {', '.join(map(repr, known))}")
+    chosen = {group for group in known if any(fnmatchcase(group, pattern) for pattern in patterns)}
+    made = table | {kind: [arm for group, arm in arms if group in chosen] for kind, arms in listed.items()}
+    names = {entry.arm.name for entry in recipe_of({**made, "figure": []}, where).entries}
+    made["figure"] = [
+        each for each in made.get("figure", []) if {*each.get("arms", ()), each.get("arm")} <= {None, *names}
+    ]
+    return made
 
 
 def overridden(table: Mapping[str, Any], where: str, *, quick: bool = False, stand_in: bool = False) -> dict[str, Any]:

@@ -36,6 +36,10 @@ def bench(
         list[Path] | None,
         typer.Option(metavar="DIR", help="Take what another run has made already; may be given several times."),
     ] = None,
+    group: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Only the groups of arms so named (*, ?); may be given several times."),
+    ] = None,
     num: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Images of each arm.  [default: the recipe's]")
     ] = None,
@@ -64,7 +68,14 @@ def bench(
     from iec.bench.runner import bench as run
 
     chosen = load_recipe(
-        recipe, quick=quick, stand_in=stand_in, controls=controls, num=num, threads=threads, device=device
+        recipe,
+        quick=quick,
+        stand_in=stand_in,
+        controls=controls,
+        groups=group or (),
+        num=num,
+        threads=threads,
+        device=device,
     )
     folder = out if out is not None else Path("out/bench") / _folder(recipe, quick, stand_in, controls)
     board = Board()

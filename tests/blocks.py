@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -175,6 +176,8 @@ def qwen() -> Any:
         axes_dims_rope=(4, 4, 8),
     )
     given = {"timestep": TIME / 1000, "encoder_hidden_states": TEXT, "encoder_hidden_states_mask": MASK.long()}
+    if "txt_seq_lens" in inspect.signature(model.forward).parameters:  # which later diffusers read off the mask
+        given["txt_seq_lens"] = [TEXT.shape[1]] * 2
     return model, tokens, {**given, "img_shapes": [[(1, 4, 4)]] * 2}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -48,16 +48,38 @@ def sheet(strips: Sequence[Strip]) -> Image.Image:
         raise ValueError("there are no rows to draw")
     font, small = ImageFont.load_default(size=15), ImageFont.load_default(size=12)
     rows = [strip(one.images) for one in strips]
-    heights = [max(row.height, 48) + GAP for row in rows]
+    names = [_broken(one.name, font) for one in strips]
+    facts = [_broken(one.facts, small) for one in strips]
+    heights = [
+        max(row.height, 22 * len(name) + 17 * len(told)) + 2 * GAP
+        for row, name, told in zip(rows, names, facts, strict=True)
+    ]
     page = Image.new("RGB", (LABEL + max(row.width for row in rows) + GAP, sum(heights) + GAP), "white")
     draw = ImageDraw.Draw(page)
     top = GAP
-    for one, row, height in zip(strips, rows, heights, strict=True):
-        draw.text((10, top + 6), one.name, fill=COLOURS.get(one.kind, "#1a202c"), font=font)
-        draw.text((10, top + 28), one.facts, fill="#444444", font=small)
+    for one, row, name, told, height in zip(strips, rows, names, facts, heights, strict=True):
+        below = top
+        for line in name:
+            draw.text((10, below), line, fill=COLOURS.get(one.kind, "#1a202c"), font=font)
+            below += 22
+        for line in told:
+            draw.text((10, below), line, fill="#444444", font=small)
+            below += 17
         page.paste(row, (LABEL, top))
         top += height
     return page
+
+
+def _broken(text: str, font: Any) -> list[str]:
+    """The lines of a text that fit beside the images; a word that does not fit stands alone."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > LABEL - 20:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines
 
 
 def _shown(picture: Image.Image) -> Image.Image:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import iec
 from iec.bench import standins
 from iec.bench.recipe import Recipe, bundled_recipes, load_recipe
 from iec.caches import CacheQuant
@@ -129,6 +130,21 @@ def test_arms_stand_beside_what_they_are_compared_with(name: str) -> None:
             assert entry.arm.cache.branch == (
                 None if recipe.calibration.bundled else 0
             )  # the bundled ones are of the default
+
+
+@pytest.mark.parametrize("name", bundled_recipes())
+def test_every_plan_corrects_something(name: str) -> None:
+    versions = [version for version in ("quick", "stand_in") if version in load_recipe(name).table]
+    for recipe in (load_recipe(name), *(load_recipe(name, **{version: True}) for version in versions)):
+        corrects_something(recipe)
+
+
+def corrects_something(recipe: Recipe) -> None:
+    for arm in (entry.arm for entry in recipe.entries if entry.arm.steps):
+        steps, refresh = arm.num_inference_steps, None
+        if arm.cache is not None:  # what CacheQuant refreshes is known after its calibration, but always the first step
+            refresh = (0,) if isinstance(arm.cache, CacheQuant) else arm.cache.plan(steps).refresh
+        assert iec.plan.resolve(arm.steps, num_steps=steps, refresh=refresh).steps, arm.name
 
 
 @pytest.mark.parametrize("name", [name for name in bundled_recipes() if name.endswith("-bundled")])

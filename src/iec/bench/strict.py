@@ -80,9 +80,8 @@ def _fit(hint: Any, value: Any) -> Any:
         return MISSING if any(part is MISSING for part in made.values()) else made
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    plain = (
-        origin is None and isinstance(hint, type) and isinstance(value, hint)
-    )  # Python 3.10 has tuple[...] for a type
+    # In Python 3.10 tuple[...] passes for a type: only what has no origin is one.
+    plain = origin is None and isinstance(hint, type) and isinstance(value, hint)
     return value if plain and (hint is bool or not isinstance(value, bool)) else MISSING
 
 

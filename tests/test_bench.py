@@ -74,9 +74,9 @@ def lines(folder: Path, file: str = "results.jsonl") -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
-def content(folder: Path) -> set[str]:
+def content(folder: Path, name: str = "results.jsonl") -> set[str]:
     """The results whatever their order."""
-    return set((folder / "results.jsonl").read_text(encoding="utf-8").splitlines())
+    return set((folder / name).read_text(encoding="utf-8").splitlines())
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +232,7 @@ def test_another_arm_and_more_images_go_on_from_what_is_there(
     by_name = {line["name"]: line for line in lines(folder)}
     assert by_name["DDIM"]["num"] == 8 and by_name["new"]["whole"] == 1 and "W8A8" not in by_name
     assert told == [
-        "5 results of other options were moved to results-earlier.jsonl"
+        "5 results of arms or options that this run does not have were set aside (results-earlier.jsonl)"
     ]  # the fine solution's are as before
     assert len(lines(folder, "results-earlier.jsonl")) == 5
     # Of the first two shards no image is made again.
@@ -242,6 +242,39 @@ def test_another_arm_and_more_images_go_on_from_what_is_there(
     fresh = tmp_path / "fresh"
     bench(longer, fresh, workers=Workers(0))
     assert content(fresh) == content(folder)
+
+
+def test_a_part_of_the_groups_costs_the_others_nothing(
+    model: Path, finished: tuple[Path, Outcome, float], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(finished[0], tmp_path / "copy")
+    before = {name: content(folder, name) for name in ("results.jsonl", "timings.jsonl")}
+    told: list[str] = []
+    assert not bench(recipe(model, *ARMS[:2]), folder, workers=Workers(0), board=Board(told=told.append)).failed
+    assert {line["name"] for line in lines(folder)} == {"fine: DPMSolverMultistep, 6 steps", "DDIM", "DDIM + IEC"}
+    assert told == ["3 results of arms or options that this run does not have were set aside (results-earlier.jsonl)"]
+    assert content(folder, "timings.jsonl") == before["timings.jsonl"]
+    states: list[str] = []
+    board = Board()
+    board.changed = lambda: states.extend(standing.state for standing in board.standings.values())
+    outcome = bench(recipe(model), folder, workers=Workers(0), board=board)
+    assert set(states) == {"done"}, "nothing was made or measured again"
+    assert {name: content(folder, name) for name in before} == before
+    assert lines(folder, "results-earlier.jsonl") == []
+    assert all(result.timing for result in outcome.report.run.entries)
+
+
+def test_damaged_lines_are_mended(model: Path, finished: tuple[Path, Outcome, float], tmp_path: Path) -> None:
+    folder = shutil.copytree(finished[0], tmp_path / "copy")
+    for name in ("results.jsonl", "timings.jsonl"):
+        first, second, *others = (folder / name).read_text(encoding="utf-8").splitlines(keepends=True)
+        (folder / name).write_text("".join([first, second[:40] + "\n", *others]), encoding="utf-8")
+    told: list[str] = []
+    assert not bench(recipe(model), folder, workers=Workers(0), board=Board(told=told.append)).failed
+    assert [line.partition(":")[0] for line in told] == ["results.jsonl", "timings.jsonl"]
+    assert "left out line 2, damaged; results are measured again" in told[0]
+    assert content(folder) == content(finished[0])
+    assert len(lines(folder, "timings.jsonl")) == len(lines(finished[0], "timings.jsonl")) - 1
 
 
 def test_the_number_of_workers_makes_no_difference(
@@ -400,7 +433,15 @@ def test_arms_are_timed_in_turns(model: Path, finished: tuple[Path, Outcome, flo
     assert lines(folder, "clock.jsonl") == again
     outcome = bench(recipe(model, *ARMS, {"name": "new", "cache": "deepcache:3"}), folder, workers=Workers(0))
     assert all(not result.timing.rounds for result in outcome.report.run.entries if result.timing)
-    assert "The rounds by the clock lack 1 arms" in (folder / "report.md").read_text(encoding="utf-8")
+    assert "The rounds by the clock lack 1 arm," in (folder / "report.md").read_text(encoding="utf-8")
+
+
+def test_full_precision_beside_which_arms_stand_is_timed_with_them(model: Path, tmp_path: Path) -> None:
+    small = recipe(model, {"name": "DeepCache", "cache": "deepcache:2"}, metrics={"names": ["rmse_full"]})
+    outcome = bench(small, tmp_path, workers=Workers(0), rounds=1)
+    assert len(lines(tmp_path, "clock.jsonl")) == 2
+    of = {result.name: result.timing for result in outcome.report.run.entries}
+    assert [len(timing.rounds) for timing in of.values() if timing] == [0, 1, 1], list(of)
 
 
 def test_rounds_sample_no_more_than_a_shard_has(model: Path, tmp_path: Path) -> None:

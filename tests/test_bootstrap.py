@@ -11,6 +11,7 @@ import torch
 
 from iec.evaluate import bootstrap, intervals, metrics
 from iec.evaluate.bootstrap import (
+    FEWEST,
     Interval,
     Resampled,
     Scheme,
@@ -121,13 +122,36 @@ def test_a_difference_needs_the_same_resamples() -> None:
 
 
 def test_equal_images_do_not_differ_in_psnr() -> None:
-    none, some = torch.zeros(6).double(), torch.tensor([0, 0, 0, 0, 0, 0.1]).double()
+    none, some = torch.zeros(8).double(), torch.tensor([0.1, *[0] * 7]).double()
     equal, near = intervals.psnr_of(none, 200, 0), intervals.psnr_of(some, 200, 0)
     assert equal.interval() == (math.inf,) * 3
     assert difference(equal, equal) == (0, 0, 0)
-    assert near.interval().value == pytest.approx(-10 * math.log10(0.1 / 6))
+    assert near.interval().value == pytest.approx(-10 * math.log10(0.1 / 8))
     assert near.interval().high == math.inf  # a third of the resamples lack the only image that differs
     assert difference(equal, near).value == math.inf
+
+
+@pytest.mark.parametrize("count", [1, 2, FEWEST - 1, FEWEST])
+def test_few_images_have_no_interval_and_tell_no_difference(count: int) -> None:
+    values = torch.arange(1, count + 1).double()
+    one, other = of_mean(values, 200, 0), of_mean(values + 1, 200, 0)
+    lacks = count < FEWEST
+    assert math.isnan(one.interval().low) == math.isnan(one.interval().high) == lacks
+    assert difference(other, one).value == pytest.approx(1) and difference(other, one).holds(0) == lacks
+
+
+def test_intervals_stay_within_bounds() -> None:
+    hits = torch.ones(12).double()
+    all_hit = of_mean(hits, 200, 0, bounds=(0, 1)).interval()
+    assert all_hit.value == 1 and math.isnan(all_hit.low), "that all of 12 are inside does not say that all ever are"
+    hits[0] = 0
+    free = of_mean(hits, 200, 0, bounds=(0, 1)).interval()
+    assert 0 < free.low < 0.85 and 0.95 < free.high <= 1
+    assert of_mean(hits, 200, 0, bounds=(0.85, 0.95)).interval() == (free.value, 0.85, 0.95)
+    recalled = intervals.recall_of(torch.randn(16, 4), torch.randn(16, 4) + 1.5, k=3).interval()
+    assert 0 <= recalled.low <= recalled.high <= 1
+    close_by = intervals.rmse_of(torch.tensor([1e-6] * 9 + [1.0]), 200, 0).interval()
+    assert close_by.low == 0 < close_by.value
 
 
 def test_values_that_are_no_numbers_are_refused() -> None:

@@ -241,7 +241,6 @@ def test_one_cell_may_stand_in_two_groups(tmp_path: Path) -> None:
     ("file", "text", "message"),
     [
         ("run.json", "{", "run.json is damaged"),
-        ("results.jsonl", '{"version": 1\n{}\n', "results.jsonl, line 1 is damaged"),
         ("results.jsonl", '{"version": 2}\n', "version is 2, expected 1"),
         ("results.jsonl", '{"version": 1, "cell": "a"}\n', "line 1: no key 'name'"),
         ("timings.jsonl", '{"cell": "a", "seconds": 1}\n', "timings.jsonl, line 1: expected the keys"),
@@ -252,6 +251,19 @@ def test_damaged_files_are_named(tmp_path: Path, file: str, text: str, message: 
     (tmp_path / file).write_text(text)
     with pytest.raises(ValueError, match=re.escape(message)):
         report(tmp_path)
+
+
+def test_a_damaged_line_is_left_out_and_noted(tmp_path: Path) -> None:
+    benchfolder.write(tmp_path)
+    for file in ("results.jsonl", "timings.jsonl"):
+        first, *others = (tmp_path / file).read_text(encoding="utf-8").splitlines(keepends=True)
+        (tmp_path / file).write_text("".join([first, '{"version": 1\n', *others]), encoding="utf-8")
+    whole, run = load_run(benchfolder.write(tmp_path / "whole")), load_run(tmp_path)
+    assert run.entries == whole.entries
+    assert run.notes == tuple(
+        f"Line 2 of {file} is damaged and was left out; the same iec bench command mends it."
+        for file in ("timings.jsonl", "results.jsonl")
+    )
 
 
 def test_a_damaged_shard_leaves_its_row_out(tmp_path: Path) -> None:

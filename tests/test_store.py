@@ -33,13 +33,28 @@ def test_a_torn_last_line_is_dropped(tmp_path: Path, kept: int) -> None:
     assert Lines(path).values == [{"a": 1}, {"c": 2}]
 
 
-@pytest.mark.parametrize("damaged", [b'{"a": 1\n{"b": 2}\n', b'[1]\n{"b": 2}\n', b"\x00\x00\n"])
-def test_damage_elsewhere_is_told(tmp_path: Path, damaged: bytes) -> None:
+@pytest.mark.parametrize("damaged", [b'{"a": 1', b"[1]", b"\x00\x00", b'{"a": "\xff"}'])
+def test_damaged_lines_are_left_out_and_kept_beside(tmp_path: Path, damaged: bytes) -> None:
     path = tmp_path / "a.jsonl"
-    path.write_bytes(damaged)
-    with pytest.raises(ValueError, match=r"a\.jsonl, line 1: damaged"):
+    before = b'{"b": 1}\n' + damaged + b'\n{"b": 2}\n'
+    path.write_bytes(before)
+    lines = Lines(path)
+    assert lines.damaged == [2] and lines.values == [{"b": 1}, {"b": 2}]
+    assert path.with_name("a.jsonl.damaged").read_bytes() == before
+    assert path.read_bytes() == b'{"b": 1}\n{"b": 2}\n' and Lines(path).damaged == []
+
+
+def test_a_full_disk_leaves_a_damaged_file_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'no\n{"b": 2}\n')
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(RuntimeError, match=r"the disk is full"):
         Lines(path)
-    assert path.read_bytes() == damaged
+    assert path.read_bytes() == b'no\n{"b": 2}\n'
 
 
 def test_a_full_disk_leaves_no_half_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,7 +84,9 @@ def test_what_is_not_wanted_goes_aside(tmp_path: Path) -> None:
     lines = Lines(tmp_path / "a.jsonl")
     for number in range(4):
         lines.append({"n": number})
-    assert lines.keep(lambda line: line["n"] % 2 == 0, tmp_path / "b.jsonl") == 2
+    aside = Lines(tmp_path / "b.jsonl")
+    aside.append({"n": 1})  # a kill came between
+    assert lines.keep(lambda line: line["n"] % 2 == 0, aside) == 2
     assert lines.keep(lambda line: True) == 0
     assert Lines(lines.path).values == lines.values == [{"n": 0}, {"n": 2}]
     assert Lines(tmp_path / "b.jsonl").values == [{"n": 1}, {"n": 3}]

@@ -7,6 +7,7 @@ cells/HASH/                     shards of images, see `iec.evaluate.shards`
 cells/HASH/statistics-KEY/      what the shards leave behind for the metrics, KEY naming network and references
 figures/NAME/                   numbers and pictures of the analysis
 results.jsonl, timings.jsonl    a line per cell, a line per shard
+results-earlier.jsonl           lines of arms and options that the last run did not have
 clock.jsonl                     a line per arm and round, where arms were timed in turns
 """
 
@@ -28,11 +29,12 @@ from iec.bench.cells import CalibrationCell, Cell, FigureCell, Plan
 from iec.bench.recipe import Recipe
 from iec.bench.store import Lines, room
 from iec.evaluate.machine import machine, versions
-from iec.evaluate.shards import MANIFEST, ShardSet
+from iec.evaluate.shards import MANIFEST, ShardSet, shard_file
 from iec.evaluate.statistics import Statistics, merged
 
 VERSION = 1  # of run.json
 RUN, RESULTS, TIMINGS, CLOCK, FIGURE = "run.json", "results.jsonl", "timings.jsonl", "clock.jsonl", "figure.json"
+EARLIER = "results-earlier.jsonl"
 
 
 class RunFolder:
@@ -41,7 +43,7 @@ class RunFolder:
     def __init__(self, root: Path, recipe: Recipe) -> None:
         self.root, self.recipe = root, recipe
         self.results, self.timings = Lines(root / RESULTS), Lines(root / TIMINGS)
-        self.clock = Lines(root / CLOCK)
+        self.clock, self.earlier = Lines(root / CLOCK), Lines(root / EARLIER)
         self._shards: dict[str, ShardSet] = {}
 
     def describe(self, plan: Plan, model: str, command: Sequence[str]) -> None:
@@ -163,11 +165,43 @@ class RunFolder:
         )
         return count
 
-    def tidy_timings(self, present: set[tuple[str, int]]) -> None:
-        """Forget the times of shards that are not there, and all but the last of those that were made twice."""
+    def damaged(self) -> list[str]:
+        """What is to be told of files that had damaged lines."""
+        files = [lines for lines in (self.results, self.timings, self.clock, self.earlier) if lines.damaged]
+        return [
+            f"{lines.path.name}: left out line{'s' * (len(lines.damaged) > 1)} {', '.join(map(str, lines.damaged))}, damaged; "
+            f"results are measured again, times of images that are there are lost; as it was: {lines.path.name}.damaged"
+            for lines in files
+        ]
+
+    def have_results(self, measured: Mapping[str, str]) -> int:
+        """Have in results.jsonl the lines of these cells alone, `measured` so; returns how many others were set aside.
+
+        Those that were set aside before, by a run of fewer arms or other options, come back where they fit.
+        """
+
+        def fits(line: Mapping[str, Any]) -> bool:
+            return measured.get(line.get("cell", "")) == line.get("measured")
+
+        there = {line["cell"] for line in self.results.values if fits(line)}
+        for line in self.earlier.values:
+            if fits(line) and line["cell"] not in there:
+                self.results.append(line)
+                there.add(line["cell"])
+        self.earlier.keep(lambda line: not fits(line))
+        return self.results.keep(fits, self.earlier)
+
+    def tidy_timings(self, missing: set[tuple[str, int]]) -> None:
+        """Forget the times of shards that are `missing` or not on the disk, and all but the last of those that were made twice.
+
+        Those of arms that this run does not have stay with their images.
+        """
         last = {(line["cell"], line["start"]): id(line) for line in self.timings.values}
-        kept = {number for key, number in last.items() if key in present}
+        kept = {number for key, number in last.items() if key not in missing and self._on_disk(*key)}
         self.timings.keep(lambda line: id(line) in kept)
+
+    def _on_disk(self, cell: str, start: int) -> bool:
+        return shard_file(self.root / "cells" / cell, start).is_file()
 
 
 def here() -> dict[str, Any]:

@@ -20,6 +20,7 @@ from iec.evaluate.networks import Extracted, FeatureExtractor, open_network
 from iec.evaluate.references import ReferenceSet, open_reference
 
 VERSION = 1
+INTERVALS = 2  # how intervals are made: another one has lines measured again, from the same statistics
 AGAINST = ("fid", "sfid", "kid", "precision", "recall")  # metrics that need a reference set
 OF_NETWORK = (*AGAINST, "is")
 
@@ -100,7 +101,17 @@ class Measuring:
         metrics = self.recipe.metrics
         reference = None if self.reference is None else [self.reference.name, self.reference.count, *self._content]
         return fingerprint.plain(
-            [VERSION, self.key(cell), cell.num, metrics.names, metrics.draws, metrics.seed, reference, cell.needs]
+            [
+                VERSION,
+                INTERVALS,
+                self.key(cell),
+                cell.num,
+                metrics.names,
+                metrics.draws,
+                metrics.seed,
+                reference,
+                cell.needs,
+            ]
         )[:12]
 
     def evaluation(self, cell: Cell) -> Evaluation:

@@ -146,8 +146,8 @@ class Run:
 def load_run(folder: str | Path) -> Run:
     """Read the folder of a bench, finished or not.
 
-    Raises ValueError for a folder that is none, and for a file that is damaged elsewhere than in its last line; it names file,
-    line and key.
+    Lines that are damaged are left out, and noted. Raises ValueError for a folder that is none, a damaged run.json, and lines of
+    another version or without a key; it names file, line and key.
     """
     folder = Path(folder)
     if not (folder / RUN).is_file():
@@ -211,7 +211,7 @@ def _as_planned(
 
 
 def _lines(path: Path, notes: list[str]) -> list[tuple[int, dict[str, Any]]]:
-    """The objects of a jsonl file with their line numbers; a torn last line is left out, and noted."""
+    """The objects of a jsonl file with their line numbers; damaged lines are left out, and noted."""
     if not path.is_file():
         return []
     text = path.read_text(encoding="utf-8", errors="replace")
@@ -224,11 +224,14 @@ def _lines(path: Path, notes: list[str]) -> list[tuple[int, dict[str, Any]]]:
             value = json.loads(line)
             if not isinstance(value, dict):
                 raise ValueError(f"found {type(value).__name__}, expected an object")
-        except ValueError as error:
+        except ValueError:
             if number == len(texts):  # no newline after it: the run was stopped while it wrote
                 notes.append(f"The last line of {path.name} is torn and was left out.")
-                continue
-            raise ValueError(f"{path}, line {number} is damaged: {error}") from error
+            else:
+                notes.append(
+                    f"Line {number} of {path.name} is damaged and was left out; the same iec bench command mends it."
+                )
+            continue
         read.append((number, value))
     return read
 
@@ -269,11 +272,14 @@ def _estimate(value: Mapping[str, Any]) -> Estimate:
 
 def _in_turns(entries: tuple[Result, ...], clock: Mapping[str, Timing], notes: list[str]) -> tuple[Result, ...]:
     """The entries with the seconds of the rounds, if these timed all that stand in tables; with shards' they do not compare."""
-    lacking = [entry.name for entry in entries if entry.cell not in clock and entry.group != REFERENCES]
+    own = [entry for entry in entries if entry.group != REFERENCES]
+    shown = {cell for entry in own for cell in (entry.cell, entry.baseline, entry.fullest)}
+    lacking = [entry.name for entry in entries if entry.cell in shown - clock.keys()]
     if not clock or lacking:
         if clock and lacking:
             notes.append(
-                f"The rounds by the clock lack {len(lacking)} arms, so they are not shown: give --rounds again."
+                f"The rounds by the clock lack {len(lacking)} arm{'s' * (len(lacking) > 1)}, so they are not shown: give "
+                "--rounds again."
             )
         return entries
     bare = Timing((), None, (), ())

@@ -20,7 +20,7 @@ from iec.artifact.calibration import Calibration
 from iec.bench.board import Board, Standing
 from iec.bench.cells import REFERENCES, Cell, Plan, plan
 from iec.bench.controls import entries, needs_refresh
-from iec.bench.folder import RunFolder
+from iec.bench.folder import EARLIER, RunFolder
 from iec.bench.identity import bundled_calibrations, model_identity, model_of
 from iec.bench.jobs import Job, Jobs, Workers
 from iec.bench.measure import Measuring
@@ -106,14 +106,14 @@ class _Run:
         self.jobs = self._jobs()
         self.folder.describe(self.plan, identity, command)
         missing = {(job.cell.hash, job.start) for job in self._of("shard") if job.cell is not None}
-        present = {(c.hash, start) for c in self.plan.cells.values() for start, _ in self.folder.wanted(c)} - missing
-        self.folder.tidy_timings(present)
-        current = {cell.hash: self.measuring.identity(cell) for cell in self.plan.cells.values()}
-        dropped = self.folder.results.keep(
-            lambda line: current.get(line.get("cell", "")) == line.get("measured"), self.root / "results-earlier.jsonl"
-        )
-        if dropped:
-            self.board.told(f"{dropped} results of other options were moved to results-earlier.jsonl")
+        for told in self.folder.damaged():
+            self.board.told(told)
+        self.folder.tidy_timings(missing)
+        aside = self.folder.have_results({c.hash: self.measuring.identity(c) for c in self.plan.cells.values()})
+        if aside:
+            self.board.told(
+                f"{aside} results of arms or options that this run does not have were set aside ({EARLIER})"
+            )
         self.measured = {line["cell"] for line in self.folder.results.values}
         self.left = dict.fromkeys(self.plan.cells, 0)
         for job in self._of("statistics"):
@@ -160,6 +160,7 @@ class _Run:
     def _stand(self, missing: set[tuple[str, int]]) -> None:
         """Put the cells on the board as they stand."""
         times = {(line["cell"], line["start"]): line for line in self.folder.timings.values}
+        evaluations = {line["cell"]: line["evaluations"] for line in self.folder.results.values}
         for cell in self.plan.cells.values():
             row = self.plan.row(cell.hash).entry
             standing = Standing(row.arm.name, row.arm.kind, row.group, cell.num)
@@ -169,7 +170,7 @@ class _Run:
                     line = times.get((cell.hash, start))
                     standing.seconds = line["seconds"] / line["images"] if line else standing.seconds
             if cell.hash in self.measured:
-                standing.state = "done"
+                standing.state, standing.evaluations = "done", evaluations[cell.hash]
             self.board.standings[cell.hash] = standing
         self.board.changed()
 
@@ -183,10 +184,11 @@ class _Run:
                 self._lost(cell)
 
     def time(self, rounds: int) -> None:
-        """Time the arms of the tables that were measured, until there are so many rounds."""
+        """Time the arms that stand in tables and were measured, until there are so many rounds."""
         if not rounds:
             return
-        shown = {row.cell for row in self.plan.rows if row.entry.group != REFERENCES}
+        own = {row.cell for row in self.plan.rows if row.entry.group != REFERENCES}
+        shown = own.union(*(self.plan.cells[cell].beside for cell in own))
         cells = [cell for cell in self.plan.cells.values() if cell.hash in shown & self.measured]
         if not cells:
             return

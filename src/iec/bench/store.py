@@ -16,12 +16,14 @@ from iec.artifact.files import write_text
 class Lines:
     """A jsonl file: objects, one a line, which are appended and then on the disk.
 
-    Opening it drops a last line that was torn by a kill, or a full disk. Raises ValueError for a file that is damaged elsewhere.
+    Opening it drops a last line that was torn by a kill, or a full disk, and lines that are damaged: `damaged` has their
+    numbers, and the file as it was is kept beside it (NAME.damaged).
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self.values: list[dict[str, Any]] = []
+        self.damaged: list[int] = []
         if not self.path.is_file():
             return
         data = self.path.read_bytes()
@@ -31,15 +33,15 @@ class Lines:
                 file.truncate(len(whole))
                 os.fsync(file.fileno())
         for number, line in enumerate(whole.splitlines(), start=1):
-            try:
-                value = json.loads(line)
-                if not isinstance(value, dict):
-                    raise ValueError(f"found {type(value).__name__}, expected an object")
-            except ValueError as error:
-                raise ValueError(
-                    f"{self.path}, line {number}: damaged: {error}; delete the line, and what it said is measured again"
-                ) from error
-            self.values.append(value)
+            value = _object(line)
+            if value is None:
+                self.damaged.append(number)
+            else:
+                self.values.append(value)
+        if self.damaged:
+            with room(self.path):
+                self.path.with_name(f"{self.path.name}.damaged").write_bytes(data)
+                self._write()
 
     def append(self, value: dict[str, Any]) -> None:
         """Write one object, and return when it is on the disk. Raises RuntimeError for a full disk; no half line is left."""
@@ -62,30 +64,36 @@ class Lines:
                 raise
         self.values.append(value)
 
-    def keep(self, wanted: Callable[[dict[str, Any]], bool], aside: Path | None = None) -> int:
-        """Drop the objects that are not `wanted`, appending them to the file `aside` if one is given; returns how many."""
+    def keep(self, wanted: Callable[[dict[str, Any]], bool], aside: Lines | None = None) -> int:
+        """Drop the objects that are not `wanted`, appending to `aside`, if it is given, those it lacks; returns how many."""
         dropped = [value for value in self.values if not wanted(value)]
         if dropped:
-            if aside is not None:
-                other = Lines(aside)
-                for value in dropped:
-                    other.append(value)
+            for value in dropped if aside is not None else ():
+                if value not in aside.values:
+                    aside.append(value)
             self.values = [value for value in self.values if wanted(value)]
-            kept = "".join(json.dumps(v, sort_keys=True, ensure_ascii=False) + "\n" for v in self.values)
             with room(self.path):
-                write_text(self.path, kept)
+                self._write()
         return len(dropped)
+
+    def _write(self) -> None:
+        """The whole file anew."""
+        write_text(self.path, "".join(json.dumps(v, sort_keys=True, ensure_ascii=False) + "\n" for v in self.values))
 
 
 def intact(path: Path) -> list[dict[str, Any]]:
     """The objects of a jsonl file that another process may be writing to: it is only read, and damaged lines are left out."""
-    found = []
-    for line in path.read_bytes().splitlines() if path.is_file() else ():
-        with contextlib.suppress(ValueError):
-            value = json.loads(line)
-            if isinstance(value, dict):
-                found.append(value)
-    return found
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    return [value for line in lines if (value := _object(line)) is not None]
+
+
+def _object(line: bytes) -> dict[str, Any] | None:
+    """What a line says; None for one that is damaged."""
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
 
 
 @contextlib.contextmanager

@@ -7,11 +7,15 @@ intervals, so compare by `difference`, not by whether two intervals overlap.
 
 Intervals are centred: a Fréchet distance grows in a resample, as repeated images make it look like a smaller set. Its
 quantiles therefore say how it spreads, not where it lies. They are taken about their own mean and put about the value.
+
+Of few images there is none: resamples of n spread too little, by (n − 1)/n and what Student's t has more in its tails, so that
+the 95 % interval of a mean would hold it in 89 % of all cases for 8 images, 81 % for 4, and none for 1.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -20,18 +24,19 @@ import torch
 
 LEVEL = 0.95
 DRAWS = 200
+FEWEST = 8  # images, for an interval
 
 
 class Interval(NamedTuple):
-    """A metric and the ends of its interval, in the unit of the metric."""
+    """A metric and the ends of its interval, in the unit of the metric; NaN where there is no interval."""
 
     value: float
     low: float
     high: float
 
     def holds(self, value: float) -> bool:
-        """Whether `value` lies in the interval; of a difference, `holds(0)` says that it may well be none."""
-        return self.low <= value <= self.high
+        """Whether `value` lies in the interval, or may as there is none; of a difference, `holds(0)` says that it may be none."""
+        return not (value < self.low or value > self.high)
 
 
 class Scheme(NamedTuple):
@@ -44,15 +49,24 @@ class Scheme(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Resampled:
-    """A metric's `value` and its values `draws` (D,), float64, in the resamples of `scheme`."""
+    """A metric's `value` and its values `draws` (D,), float64, in the resamples of `scheme`; between which `bounds` all lie."""
 
     value: float
     draws: np.ndarray
     scheme: Scheme
+    bounds: tuple[float, float] = (-math.inf, math.inf)
 
     def interval(self, level: float = LEVEL) -> Interval:
-        """The value with its interval, see `interval`."""
-        return interval(self.value, self.draws, level)
+        """The value with its interval, see `interval`, as far as that lies within the bounds.
+
+        No interval (NaN) without draws, of fewer than `FEWEST` images, and where no draw has left a bound: that all of 12 images
+        are inside does not say how many of 1,000 would be.
+        """
+        stuck = math.isfinite(self.value) and self.value in self.bounds and bool(np.all(self.draws == self.value))
+        if len(self.draws) == 0 or self.scheme.count < FEWEST or stuck:
+            return Interval(self.value, math.nan, math.nan)
+        found = interval(self.value, self.draws, level)
+        return found._replace(low=max(found.low, self.bounds[0]), high=min(found.high, self.bounds[1]))
 
     def minus(self, other: Resampled) -> Resampled:
         """This metric less the same one of another arm, resample by resample.
@@ -150,9 +164,14 @@ def of_rows(statistic: Callable[[torch.Tensor], float], rows: torch.Tensor, draw
 
 
 def of_mean(
-    values: torch.Tensor, draws: int, seed: int, then: Callable[[np.ndarray], np.ndarray] = lambda mean: mean
+    values: torch.Tensor,
+    draws: int,
+    seed: int,
+    then: Callable[[np.ndarray], np.ndarray] = lambda mean: mean,
+    bounds: tuple[float, float] = (-math.inf, math.inf),
 ) -> Resampled:
-    """`then` of the mean of `values` (N,): for RMSE `then` is a root, of squared errors. `then` works on arrays.
+    """`then` of the mean of `values` (N,), which lies within `bounds`: for RMSE `then` is a root, of squared errors. `then` works
+    on arrays.
 
     Raises ValueError for another rank, no values, or values that are not finite.
     """
@@ -160,14 +179,20 @@ def of_mean(
     if held.ndim != 1 or len(held) == 0 or not np.isfinite(held).all():
         raise ValueError(f"values of the shape {held.shape}: expected (N,), N >= 1, all finite")
     drawn = np.array([held[rows].mean() for rows in resamples(len(held), draws, seed)])
-    return Resampled(float(then(np.array(held.mean()))), then(drawn), Scheme("bootstrap", len(held), seed))
+    return Resampled(float(then(np.array(held.mean()))), then(drawn), Scheme("bootstrap", len(held), seed), bounds)
 
 
-def of_influence(value: float, influence: torch.Tensor, draws: int, seed: int) -> Resampled:
+def of_influence(
+    value: float,
+    influence: torch.Tensor,
+    draws: int,
+    seed: int,
+    bounds: tuple[float, float] = (-math.inf, math.inf),
+) -> Resampled:
     """A metric's `value` and, to first order, its values in the resamples of N images: plus their `influence` (N,), summed.
 
     `influence` is the derivative by each image's weight, see `iec.evaluate.influence`; it sums to 0.
     """
     held = np.asarray(influence, dtype=np.float64)
     drawn = np.array([held[rows].sum() for rows in resamples(len(held), draws, seed)])
-    return Resampled(float(value), value + drawn, Scheme("linear", len(held), seed))
+    return Resampled(float(value), value + drawn, Scheme("linear", len(held), seed), bounds)

@@ -6,6 +6,8 @@ resamples have in common is computed once.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 
@@ -21,6 +23,9 @@ from iec.evaluate.metrics import (
     square_root,
 )
 
+SHARE = (0.0, 1.0)  # bounds of precision and recall
+DISTANCE = (0.0, math.inf)
+
 
 def fid(features: torch.Tensor, reference: Moments, draws: int = DRAWS, seed: int = 0) -> Resampled:
     """Fréchet distance of features (N, F) to the reference, resampled by the images' influences; also sFID, on spatial features.
@@ -28,7 +33,7 @@ def fid(features: torch.Tensor, reference: Moments, draws: int = DRAWS, seed: in
     Raises ValueError as `Moments.of` and `frechet_distance` do, and below 2 images.
     """
     value = frechet_distance(Moments.of(features), reference)
-    return of_influence(value, frechet_influence(features, reference).cpu(), draws, seed)
+    return of_influence(value, frechet_influence(features, reference).cpu(), draws, seed, DISTANCE)
 
 
 def fid_of_resamples(features: torch.Tensor, reference: Moments, draws: int = DRAWS, seed: int = 0) -> Resampled:
@@ -66,7 +71,7 @@ def fid_of_resamples(features: torch.Tensor, reference: Moments, draws: int = DR
         return max(0.0, ((gap + mean).square().sum() + trace + total - 2 * cross).item())
 
     found = [drawn(torch.from_numpy(row).to(centred)) for row in weights(count, draws, seed)]
-    return Resampled(value, np.array(found), Scheme("bootstrap", count, seed))
+    return Resampled(value, np.array(found), Scheme("bootstrap", count, seed), DISTANCE)
 
 
 def kid(features: torch.Tensor, reference: torch.Tensor, draws: int = DRAWS, seed: int = 0) -> Resampled:
@@ -92,7 +97,7 @@ def inception(logits: torch.Tensor, draws: int = DRAWS, seed: int = 0, *, split:
             marginal = likely[part].mean(0)
             scores.append(torch.exp(certainty[part].mean() - torch.special.xlogy(marginal, marginal).sum()))
         found.append(torch.stack(scores).mean().item())
-    return Resampled(value, np.array(found), Scheme("bootstrap", len(logits), seed))
+    return Resampled(value, np.array(found), Scheme("bootstrap", len(logits), seed), (1.0, math.inf))
 
 
 def precision_of(
@@ -100,7 +105,7 @@ def precision_of(
 ) -> Resampled:
     """Precision of features (N, F) among the reference (M, F)."""
     hits = covered(features, reference, radii(reference, k))
-    return of_mean(hits.cpu().double(), draws, seed)
+    return of_mean(hits.cpu().double(), draws, seed, bounds=SHARE)
 
 
 def recall_of(
@@ -120,12 +125,12 @@ def recall_of(
     found = np.array(recalls_of_parts(features.cpu(), reference.cpu(), parts, k))
     half = count // 2
     spread = np.sqrt(half / (count - half))  # 1, or a little less when the half is rounded down
-    return Resampled(value, found.mean() + spread * (found - found.mean()), Scheme("halves", count, seed))
+    return Resampled(value, found.mean() + spread * (found - found.mean()), Scheme("halves", count, seed), SHARE)
 
 
 def rmse_of(squares: torch.Tensor, draws: int = DRAWS, seed: int = 0) -> Resampled:
     """Root of the mean of `squares` (N,), the images' mean square errors."""
-    return of_mean(squares, draws, seed, np.sqrt)
+    return of_mean(squares, draws, seed, np.sqrt, DISTANCE)
 
 
 def psnr_of(squares: torch.Tensor, draws: int = DRAWS, seed: int = 0) -> Resampled:

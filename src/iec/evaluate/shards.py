@@ -104,7 +104,7 @@ class ShardSet:
 
     def path(self, start: int) -> Path:
         """The file of the shard whose first image is number `start`."""
-        return self.folder / f"shard-{start:08d}.npz"
+        return shard_file(self.folder, start)
 
     def shards(self) -> list[tuple[int, int]]:
         """All shards: number of the first image, count."""
@@ -147,7 +147,7 @@ class ShardSet:
         file = self.path(start)
         for left in self.folder.glob(f".{file.name}.*"):  # of a write that was killed
             left.unlink(missing_ok=True)
-        with _space(self.folder, f"{file.name} ({data.tell() / 1e6:.1f} MB)"), replacing(file) as temporary:
+        with _space(self.folder, f"{file.name} ({_amount(data.tell())})"), replacing(file) as temporary:
             temporary.write_bytes(data.getbuffer())
 
     def _check(self, start: int, arrays: dict[str, np.ndarray]) -> None:
@@ -207,9 +207,14 @@ class ShardSet:
                 f"{self.path(absent[0]).name}; run the command that makes them again"
             )
         for start, count in self.shards():
-            arrays = self.read(start)
-            if len(arrays["images"]) != count:
-                raise ValueError(f"{self.path(start)}: {len(arrays['images'])} images, expected {count}")
+            try:
+                arrays = self.read(start)
+                if len(arrays["images"]) != count:
+                    raise ValueError(f"{self.path(start)}: {len(arrays['images'])} images, expected {count}")
+            except ValueError as error:
+                raise ValueError(
+                    f"{error}; run the command that made the folder again: it makes this one anew"
+                ) from error
             yield start, arrays
 
     def images(self) -> torch.Tensor:
@@ -228,6 +233,11 @@ class ShardSet:
             kept[start : start + len(part)] = part
         assert kept is not None
         return kept
+
+
+def shard_file(folder: Path, start: int) -> Path:
+    """Where a folder of shards has the one whose first image is number `start`."""
+    return folder / f"shard-{start:08d}.npz"
 
 
 def _manifest(folder: Path) -> dict[str, Any] | None:
@@ -257,6 +267,13 @@ def _shape(file: Path) -> tuple[int, ...] | None:
             return np.lib.format.read_array_header_1_0(member)[0] if version == (1, 0) else None
     except (OSError, ValueError, KeyError, zipfile.BadZipFile):
         return None
+
+
+def _amount(count: int) -> str:
+    """A number of bytes to read: 812 bytes, 3.2 kB, 41.0 MB."""
+    if count < 1000:
+        return f"{count} bytes"
+    return f"{count / 1e3:.1f} kB" if count < 1e6 else f"{count / 1e6:.1f} MB"
 
 
 @contextlib.contextmanager

@@ -462,6 +462,9 @@ def test_an_arm_that_fails_does_not_stop_the_others(
     assert set(outcome.failed) == {"broken"} and "eta" in outcome.failed["broken"]
     assert content(tmp_path / "run") == content(finished[0])
     assert outcome.report.run.missing == ("broken",)
+    why = (tmp_path / "run" / "report.md").read_text(encoding="utf-8").partition("**Not finished.**")[2].splitlines()[0]
+    assert why.startswith(' 1 arm is missing: "broken" (') and "eta" in why, why
+    assert "failed" not in json.loads((finished[0] / "run.json").read_text(encoding="utf-8"))
     states = {standing.name: standing.state for standing in board.standings.values()}
     assert states.pop("broken") == "failed" and set(states.values()) == {"done"}
 

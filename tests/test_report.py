@@ -41,12 +41,12 @@ def test_the_report_shows_every_number(folder: Path) -> None:
     made = report(folder)
     text = made.markdown.read_text()
     assert cells(text, "W8A8 + IEC all") == [
-        "3", "W8A8 + IEC all", "3.76", "27.9 [25.1, 30.7]", "**+5.5 [4.8, 6.3]** worse", "**+6.7 [5.7, 7.7]** worse", "200",
+        "3", "W8A8 + IEC all", "200", "3.76", "27.9 [25.1, 30.7]", "**+5.5 [4.8, 6.3]** worse", "**+6.7 [5.7, 7.7]** worse",
         "0.240 (0.216–0.288)", "1024", "1.6",
     ]  # fmt: skip
-    assert cells(text, "*W8A8, 200 steps (Euler)*")[2:6] == ["–", "22.1 [19.9, 24.3]", "–", "+0.9 [−0.1, 1.9]"]
+    assert cells(text, "*W8A8, 200 steps (Euler)*")[3:7] == ["–", "22.1 [19.9, 24.3]", "–", "+0.9 [−0.1, 1.9]"]
     assert "−0.0080 [−0.0090, −0.0060]** better" in text
-    assert cells(text, r"DeepCache 1:5 \| branch 0")[6] == "20 + 80r", "a | in a name must not end its cell"
+    assert cells(text, r"DeepCache 1:5 \| branch 0")[2] == "20 + 80r", "a | in a name must not end its cell"
     assert "`iec bench table1-bundled --controls`" in text and "seeds: 0 to 1999" in text
     assert "A Processor, 2 cores, AVX512, avx512_vnni" in text and "torch 2.13.0" in text
     drawings = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text)
@@ -127,7 +127,7 @@ def test_a_difference_whose_interval_holds_zero_is_not_told(tmp_path: Path) -> N
     assert "worse in 1, not to be told apart in 1 of 2 arms" in headlines(run, ["fid"])[0]
     table = quality(run, members(run, run.groups()["cached"]), "fid")
     row = next(row for row in table.rows if row.kind == "corrected")
-    assert [cell.tone for cell in row.cells[4:6]] == ["", "worse"]
+    assert [cell.tone for cell in row.cells[5:7]] == ["", "worse"]
 
 
 def test_what_costs_no_more() -> None:
@@ -160,6 +160,15 @@ def test_higher_is_better_for_some() -> None:
 def test_digits_follow_the_interval(name: str, estimate: Estimate, text: str) -> None:
     known = quantity(name)
     assert known.written(estimate, known.digits([estimate])) == text
+
+
+@pytest.mark.parametrize(
+    ("bounds", "text"),
+    [((4.0, 0.3, 8.0), "+4.0 [0.3, 8.0]"), ((4.0, -0.3, 8.0), "+4 [0, 8]"), ((-4.0, -8, -1), "−4 [−8, −1]")],
+)
+def test_an_interval_without_zero_does_not_read_as_if_it_had_it(bounds: tuple[float, ...], text: str) -> None:
+    known, found = quantity("fid"), Estimate(*bounds)
+    assert known.signed(found, known.telling(found)) == text
 
 
 def test_seconds_have_three_digits() -> None:
@@ -208,7 +217,7 @@ def test_a_run_that_is_not_finished_says_so(tmp_path: Path) -> None:
     made = report(tmp_path)
     assert len(made.run.entries) == 2 and len(made.run.missing) == 5
     text = made.markdown.read_text()
-    assert "**Not finished.** 5 arms are missing: W8A8 + IEC all, " in text
+    assert '**Not finished.** 5 arms are missing: "W8A8 + IEC all", ' in text
     assert "The last line of results.jsonl is torn" in text
     assert "5 arms are missing" in made.html.read_text()
 
@@ -219,7 +228,9 @@ def test_a_run_without_results_has_a_report(tmp_path: Path) -> None:
     assert len(made.run.missing) == 7 and "7 arms are missing" in made.html.read_text()
     for name in ("results.jsonl", "timings.jsonl"):
         (tmp_path / name).unlink()
-    assert report(tmp_path).sections == ()
+    bare = report(tmp_path)
+    text = bare.markdown.read_text()
+    assert bare.sections == () and "nothing is measured yet" in text and "How to read it" not in text
 
 
 def test_one_cell_may_stand_in_two_groups(tmp_path: Path) -> None:
@@ -272,6 +283,8 @@ def test_a_damaged_shard_leaves_its_row_out(tmp_path: Path) -> None:
     shown = report(tmp_path).sections[0].strips
     assert [strip.name for strip in shown] == ["DDIM, 100 steps", "W8A8 + IEC all", "W8A8, 200 steps (Euler)"]
     assert all(len(strip.images) == 3 for strip in shown)
+    told = 'Images of "W8A8" are damaged and not shown; the same iec bench command makes them again.'
+    assert told in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
 def test_the_command(folder: Path) -> None:

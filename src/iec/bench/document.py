@@ -36,7 +36,9 @@ def facts(run: Run) -> Facts:
     paper = recipe.get("paper")
     arms = len({entry.cell for entry in run.entries if entry.group != REFERENCES})
     name = stand_in or model.get("name", "a model")
-    summary = f"{name}: {arms} arms, {run.num:,} images each, the same seeds in every row"
+    summary = f"{name}: {arms} arm{'s' * (arms != 1)}, {run.num:,} images each, the same seeds in every row"
+    if not arms:
+        summary = f"{name}: nothing is measured yet"
     if paper:
         summary += f". After {paper} of the paper"
     rows = [
@@ -69,6 +71,8 @@ def remarks(run: Run) -> list[str]:
             "Brackets are 95 % intervals of a bootstrap over seeds. All arms use the same resamples, so the differences are "
             "paired and tighter than the values; better and worse mean that the interval of a difference excludes zero."
         )
+    elif entries:
+        lines.append("No intervals: the images are too few to tell anything apart.")
     if any(entry.reused for entry in entries):
         lines.append(
             "Passes are denoiser evaluations for each image; 20 + 80r is 20 whole ones and 80 that reuse cached features."

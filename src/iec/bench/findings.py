@@ -96,7 +96,7 @@ def _change(run: Run, entry: Result, metric: str) -> str:
 
 def _told(known: Quantity, difference: Estimate) -> str:
     """ "2.2 [1.9, 2.6] higher, which is worse", or that it cannot be told."""
-    digits = known.digits([difference])
+    digits = known.telling(difference)
     if difference.low is None or difference.high is None:
         way = "higher" if difference.value > 0 else "lower"
         return f"{known.number(abs(difference.value), digits)} {way} (no interval)"

@@ -64,6 +64,14 @@ class RunFolder:
         with room(self.root / RUN):
             write_json(self.root / RUN, about)
 
+    def note_failures(self, failed: Mapping[str, str]) -> None:
+        """Have run.json say what failed, by name, and why; until the next run describes itself."""
+        if failed:
+            with room(self.root / RUN):
+                write_json(
+                    self.root / RUN, {**json.loads((self.root / RUN).read_text(encoding="utf-8")), "failed": failed}
+                )
+
     def model(self) -> Path:
         """Where the stand-in is."""
         return self.root / "model"

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 COLUMNS = 10  # images in a row
 CELLS, FIGURES = "cells", "figures"
+IMAGES = "*.np[yz]"  # the shards of a cell
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,25 @@ def strips(run: Run, shown: Sequence[Result]) -> list[Strip]:
     return [Strip(result.name, result.kind, _facts(run, result), images[:count]) for result, images in found]
 
 
+def unread(run: Run) -> list[str]:
+    """What is to be told of results whose images are there but cannot be read, and so are not shown."""
+    cells = {entry.cell: entry.name for entry in run.entries}
+    lost = [
+        f'"{name}"'
+        for cell, name in cells.items()
+        if any((run.folder / CELLS / cell).glob(IMAGES)) and first_images(run.folder / CELLS / cell, 1) is None
+    ]
+    if not lost:
+        return []
+    return [f"Images of {', '.join(lost)} are damaged and not shown; the same iec bench command makes them again."]
+
+
 def first_images(cell: Path, count: int = COLUMNS) -> Tensor | None:
     """Up to `count` images (N, C, H, W) of a cell's first shards; None where there is none that can be read."""
     import torch
 
     found: list[np.ndarray] = []
-    for file in sorted(cell.glob("*.np[yz]")):
+    for file in sorted(cell.glob(IMAGES)):
         try:
             with open(file, "rb") as opened:  # numpy leaves a file that it opened itself open where its zip is damaged
                 loaded = np.load(opened, allow_pickle=False)

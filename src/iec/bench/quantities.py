@@ -46,6 +46,13 @@ class Quantity:
             return max(0, round(-math.log10(self.scale)))
         return min(5, max(0, math.ceil(math.log10(3 / widths[len(widths) // 2]))))
 
+    def telling(self, difference: Estimate) -> int:
+        """`digits` of one difference, and more where an interval that leaves out zero would read as if it began there."""
+        digits, ends = self.digits([difference]), (difference.low, difference.high)
+        while difference.sign and digits < 5 and any(end is not None and not round(end, digits) for end in ends):
+            digits += 1
+        return digits
+
     def number(self, value: float, digits: int) -> str:
         return _number(value, digits)
 

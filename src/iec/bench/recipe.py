@@ -206,12 +206,12 @@ def recipe_of(table: Mapping[str, Any], where: str, folder: Path = Path()) -> Re
     held = table.get("stand_in", {})
     own = {key: value for key, value in held.items() if key in ("model", "options")} if isinstance(held, dict) else held
     stand_in = read(StandInSpec, own, f"{where}.stand_in") if "stand_in" in table else None
-    for name in ("quick", "stand_in"):
-        if name in table:
-            _check_overrides(table, name, where, folder)
     own = {"entries": rows, "conditions": conditions, "figures": figures, "stand_in": stand_in}
     recipe = Recipe(**texts, **read_in, **own, table=dict(table), folder=folder)
     _check(recipe, where)
+    for name in ("quick", "stand_in"):
+        if name in table:
+            _check_overrides(table, name, where, folder)
     return recipe
 
 
@@ -271,7 +271,7 @@ def _figure(table: Any, rows: tuple[Entry, ...], where: str) -> FigureSpec:
     names = {entry.arm.name for entry in rows}
     for name in (*figure.arms, *([figure.arm] if figure.arm is not None else [])):
         if name not in names:
-            raise ValueError(f"{where}: no arm is named {name!r}; known are {', '.join(sorted(names))}")
+            raise ValueError(f"{where}: no arm is named {name!r}; known are {', '.join(map(repr, sorted(names)))}")
     try:
         check_arm(figure.kind, next((entry.arm for entry in rows if entry.arm.name == figure.arm), None))
     except ValueError as error:

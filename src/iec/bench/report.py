@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from iec.artifact.files import replacing, write_text
 from iec.bench.cells import REFERENCES
 from iec.bench.document import Facts, facts, remarks
 from iec.bench.findings import findings, headlines
-from iec.bench.gallery import Picture, figures, rows_of_images, strips
+from iec.bench.gallery import Picture, figures, rows_of_images, strips, unread
 from iec.bench.pareto import COLOURS, Chart, chart, svg
 from iec.bench.pictures import Strip, sheet, strip
 from iec.bench.results import Result, Run, load_run
@@ -70,6 +70,7 @@ def report(folder: str | Path) -> Report:
     Raises ValueError as `iec.bench.results.load_run` does, RuntimeError for a full disk.
     """
     run = load_run(folder)
+    run = replace(run, notes=(*run.notes, *unread(run)))
     listed = run.metrics
     groups = sorted(run.groups().items(), key=lambda pair: pair[0] == REFERENCES)  # stable: else as in the recipe
     sections = tuple(_section(run, title, group, listed) for title, group in groups)
@@ -159,7 +160,8 @@ def _markdown(made: Report, about: Facts, pictures: Sequence[Picture]) -> str:
         for picture in pictures:
             path = quote(picture.path.relative_to(run.folder).as_posix())
             lines += [f"![{picture.title}]({path})", "", f"{picture.title}.", ""]
-    lines += ["## How to read it", "", *(f"- {line}" for line in remarks(run)), ""]
+    told = [f"- {line}" for line in remarks(run)]
+    lines += ["## How to read it", "", *told, ""] if told else []
     lines += ["## How it was made", "", *(f"- {name}: {value}" for name, value in about.rows), ""]
     return "\n".join(lines)
 
@@ -192,8 +194,10 @@ def _html(made: Report, about: Facts, pictures: Sequence[Picture]) -> str:
 
 
 def _missing(run: Run) -> str:
-    count = len(run.missing)
-    named = ", ".join(run.missing[:12]) + (f" and {count - 12} more" if count > 12 else "")
+    """Which arms are not there, and why, where the run knew."""
+    count, failed = len(run.missing), run.about.get("failed", {})
+    told = [f'"{name}"' + (f" ({failed[name]})" if name in failed else "") for name in run.missing[:12]]
+    named = ", ".join(told) + (f" and {count - 12} more" if count > 12 else "")
     return (
         f"{count} {'arm is' if count == 1 else 'arms are'} missing: {named}. The same command goes on where it stopped."
     )

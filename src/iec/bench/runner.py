@@ -79,6 +79,7 @@ def bench(
         run.prepare(command)
         run.work()
         run.time(rounds)
+        run.folder.note_failures(run.failed)
     return Outcome(report(root), run.failed)
 
 

@@ -68,7 +68,7 @@ def members(run: Run, group: Sequence[Result]) -> list[Result]:
 def quality(
     run: Run, shown: Sequence[Result], metric: str | None, only: Callable[[Result], bool] = lambda _: True
 ) -> Table:
-    """The table of the `members` of a group by one metric (None: there is none): the paper's value, ours, differences, passes,
+    """The table of the `members` of a group by one metric (None: there is none): passes, the paper's value, ours, differences,
     time, memory, weights.
 
     Entries that are not `only`'s are left out, but count in the numbers of the rows.
@@ -78,13 +78,13 @@ def quality(
     columns = [(head, cells) for head, cells in columns if any(cells[index].text != "–" for index in listed)]
     timed = any(entry.timing for entry in shown)
     peaks = any(entry.timing and entry.timing.peak for entry in shown)
-    heads = ["", "arm", *(head for head, _ in columns), "passes"]
+    heads = ["", "arm", "passes", *(head for head, _ in columns)]
     heads += ["s / image"] * timed + ["peak MiB"] * peaks + ["weights MiB"]
     rows = []
     for index in listed:
         entry = shown[index]
-        cells = [Cell(str(index + 1)), Cell(_named(run, entry)), *(cells[index] for _, cells in columns)]
-        cells.append(Cell(passes(entry.whole, entry.reused)))
+        cells = [Cell(str(index + 1)), Cell(_named(run, entry)), Cell(passes(entry.whole, entry.reused))]
+        cells += [found[index] for _, found in columns]
         if timed:
             cells.append(Cell(_time(entry)))
         if peaks:
@@ -150,7 +150,7 @@ def _compared(known: Quantity, difference: Estimate | None) -> Cell:
     if difference is None:
         return Cell("–")
     tones: dict[int, Tone] = {1: "better", -1: "worse", 0: ""}
-    return Cell(known.signed(difference, known.digits([difference])), tones[known.better(difference)])
+    return Cell(known.signed(difference, known.telling(difference)), tones[known.better(difference)])
 
 
 def _time(entry: Result) -> str:

@@ -124,17 +124,20 @@ def _shown(board: Board) -> Iterator[None]:
 
 
 class _Lines:
-    """A line for each cell that has come to another point."""
+    """A line for each cell that has come to another point; one for all that were done before."""
 
     def __init__(self, board: Board) -> None:
         self._board, self._states = board, {}
 
     def tell(self) -> None:
-        for cell, standing in self._board.standings.items():
+        standings, done = self._board.standings, f"{self._board.done} of {len(self._board.standings)} done"
+        if not self._states and self._board.done:
+            stderr.print(f"{done} already", markup=False, highlight=False)
+            self._states = {cell: "done" for cell, standing in standings.items() if standing.state == "done"}
+        for cell, standing in standings.items():
             before, self._states[cell] = self._states.get(cell), standing.state
             if standing.state in ("waits", "measures", "failed", before):
                 continue
-            done = f"{self._board.done} of {len(self._board.standings)} done"
             counted = f", {_number(standing.evaluations)} evaluations, {_seconds(standing.seconds)} s an image"
             told = f"{standing.name}: {standing.state}" + (f"{counted} ({done})" if standing.state == "done" else "")
             stderr.print(told, markup=False, highlight=False, soft_wrap=True)

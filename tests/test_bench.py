@@ -453,6 +453,17 @@ def test_rounds_sample_no_more_than_a_shard_has(model: Path, tmp_path: Path) -> 
         bench(small, tmp_path, workers=Workers(ray="auto"), rounds=1)
 
 
+def test_a_metric_that_takes_more_images_is_left_out_where_it_does(model: Path, tmp_path: Path) -> None:
+    given = {"network": "fashion-mnist", "names": ["recall", "rmse_fine"], "draws": 10}
+    assert not bench(recipe(model, *ARMS[:2], metrics=given), tmp_path, workers=Workers(0)).failed
+    fine, *others = lines(tmp_path)  # of 3 images, the others of 5
+    (note,) = fine["notes"]
+    assert note.startswith("recall left out: ") and "at least 4" in note and fine["metrics"] == {}
+    assert len(others) == 2 and all(
+        set(line["metrics"]) == {"recall", "rmse_fine"} and not line["notes"] for line in others
+    )
+
+
 def test_an_arm_that_fails_does_not_stop_the_others(
     model: Path, finished: tuple[Path, Outcome, float], tmp_path: Path
 ) -> None:

@@ -54,6 +54,17 @@ def test_sample_writes_a_grid(model: Path, tmp_path: Path) -> None:
         assert picture.size == (3 * 66 + 2, 2 * 66 + 2)
 
 
+def test_what_is_of_the_last_batch_alone_is_marked(model: Path) -> None:
+    common = ("sample", model, "--num", 5, "--num-inference-steps", 4)
+    for options, marked in (
+        (("--steps", "all"), "Of the last of 2 batches:\nIEC on DDIMPipeline"),
+        (("--cache", "deepcache:2"), "2 whole passes, 2 reused in the last of 2 batches\n"),
+    ):
+        several = iec(*common, *options, "--batch-size", 3)
+        assert several.exit_code == 0 and marked in several.stdout
+        assert "the last of" not in iec(*common, *options, "--batch-size", 5).stdout
+
+
 def test_sample_as_json_with_corrections_and_single_images(model: Path, tmp_path: Path) -> None:
     result = iec(
         *(

@@ -175,10 +175,57 @@ def test_statistics_that_lack_what_a_metric_needs(reference: ReferenceSet, netwo
         evaluate_statistics(bare, reference, ("fid", "sfid"))
     with pytest.raises(ValueError, match="no score 'mse_fine'"):
         evaluate_statistics(bare, reference, ("rmse_fine",))
-    with pytest.raises(ValueError, match=r"fid of 1 images: .*at least 2"):
+    with pytest.raises(ValueError, match=r"fid of 1 image: it takes at least 2; give more images"):
         evaluate_statistics(bare.first(1), reference, ("fid",))
-    with pytest.raises(ValueError, match=r"recall of 5 images: .*more than k = 3"):
-        evaluate_statistics(bare, reference, ("recall",))
+
+
+def few(count: int, seed: int = 0) -> Statistics:
+    return statistics_of(pictures(count, seed), Flat())
+
+
+@pytest.mark.parametrize(
+    ("metric", "least"), [("fid", 2), ("sfid", 2), ("kid", 2), ("is", 1), ("precision", 1), ("recall", 4)]
+)
+@pytest.mark.parametrize("draws", [0, 5])
+def test_each_metric_takes_so_many_images(metric: str, least: int, draws: int, reference: ReferenceSet) -> None:
+    found = evaluate_statistics(few(least), reference, (metric,), draws=draws)
+    assert math.isfinite(found.metrics[metric].value)
+    if least > 1:
+        with pytest.raises(
+            ValueError, match=rf"^{metric} of {least - 1} images?: it takes at least {least}; give more"
+        ):
+            evaluate_statistics(few(least - 1), reference, (metric,), draws=draws)
+
+
+@pytest.mark.parametrize(("metric", "least"), [("fid", 2), ("sfid", 2), ("kid", 2), ("precision", 4), ("recall", 1)])
+def test_each_metric_takes_so_many_images_of_the_reference(metric: str, least: int) -> None:
+    evaluate_statistics(few(10), ReferenceSet.of(few(least, 9), "real"), (metric,), draws=2)
+    if least > 1:
+        small = ReferenceSet.of(few(least - 1, 9), "real")
+        with pytest.raises(
+            ValueError, match=rf"^{metric}: the reference 'real' holds {least - 1} image.*, expected at least"
+        ):
+            evaluate_statistics(few(10), small, (metric,), draws=2)
+
+
+def test_what_takes_more_images_is_left_out_on_request(reference: ReferenceSet) -> None:
+    metrics = ("recall", "fid", "is")
+    found = evaluate_statistics(few(2), reference, metrics, draws=5, leave_out=True)
+    assert list(found.metrics) == ["fid", "is"] and list(found.left_out) == ["recall"]
+    assert found.metrics == evaluate_statistics(few(2), reference, ("fid", "is"), draws=5).metrics
+    assert found.plain()["left_out"] == {"recall": "recall of 2 images: it takes at least 4; give more images"}
+    whole = evaluate_statistics(few(20), reference, metrics, draws=5, leave_out=True)
+    assert whole.plain() == evaluate_statistics(few(20), reference, metrics, draws=5).plain() and not whole.left_out
+    with pytest.raises(ValueError, match="unknown metric 'fidd'"):  # that is no matter of number
+        evaluate_statistics(few(2), reference, ("fidd",), leave_out=True)
+
+
+def test_pairs_are_counted(network: FeatureExtractor) -> None:
+    statistics = gather(
+        pictures(12), None, network, ("rmse_p", "ssim_q"), targets={"p": pictures(4, 1), "q": pictures(12, 1)}
+    )
+    assert evaluate_statistics(statistics, None, ("rmse_p", "ssim_q"), draws=2).plain()["pairs"] == {"p": 4, "q": 12}
+    assert evaluate_statistics(statistics, None, ("is",), draws=2).pairs == {}
 
 
 def test_targets_must_be_of_the_same_seeds(tmp_path: Path, network: FeatureExtractor) -> None:
@@ -277,6 +324,10 @@ def test_statistics_of_reference_images_are_kept_while_the_files_are_the_same(tm
     assert done == [6] and not torch.equal(changed.moments.mean, first.moments.mean)
     open_reference(str(folder), Flat("other"), keep=keep, progress=done.append)
     assert done == [6, 6]
+    for name in ("text.txt", "absent"):
+        (tmp_path / "text.txt").write_text("neither images nor statistics")
+        with pytest.raises(ValueError, match=r"expected .*\.parquet.*\.safetensors of `iec evaluate --save`"):
+            open_reference(str(tmp_path / name), network)
 
 
 def test_published_statistics(tmp_path: Path) -> None:
@@ -299,7 +350,7 @@ def test_published_statistics(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             open_reference(str(file), inception)
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(ValueError, match="cannot be read, damaged or cut short"):
+    with pytest.raises(ValueError, match=r"cannot be read: it is no \.npz archive, or was cut short"):
         open_reference(str(file), inception)
     with pytest.raises(ValueError, match="no such file"):
         open_reference(str(tmp_path / "absent.npz"), inception)

@@ -156,6 +156,11 @@ def test_domain_networks_by_name_and_by_folder(tmp_path: Path) -> None:
     assert torch.equal(found.pool, pool) and found.spatial is None
     assert found.logits is not None and torch.equal(found.logits, logits)
 
+    with pytest.raises(
+        ValueError, match=r"are RGB, and the feature network fashion-mnist takes grey ones; .*inception"
+    ):
+        bundled.features(images.repeat(1, 3, 1, 1))
+
     shutil.copytree(features_folder("fashion-mnist"), tmp_path / "run" / "model")
     own = open_network(str(tmp_path / "run"))  # as `iec train` leaves it
     assert own.name == "run" and own.identity == bundled.identity

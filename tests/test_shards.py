@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 from iec.evaluate.conditions import Conditions
-from iec.evaluate.shards import MANIFEST, ShardSet
+from iec.evaluate.shards import MANIFEST, ShardSet, _amount
 
 RUN = {"model": "m", "arm": {"num_inference_steps": 5}}
 
@@ -149,6 +150,8 @@ def test_a_damaged_shard_is_an_error_to_read_and_made_again(shards: ShardSet, da
     for read in (lambda: shards.read(5), shards.images):
         with pytest.raises(ValueError, match=r"shard-00000005\.npz: damaged shard"):
             read()
+    with pytest.raises(ValueError, match="run the command that made the folder again: it makes this one anew"):
+        shards.images()
     with pytest.warns(RuntimeWarning, match=r"shard-00000005\.npz: damaged shard .*; it is made again"):
         assert shards.missing() == [(5, 5)]
     shards.write(5, made(shards, 5))
@@ -218,11 +221,21 @@ def test_a_full_disk(
         act = {"mkdir": lambda: ShardSet(tmp_path / "new", RUN, num=5)}.get(
             where, lambda: shards.write(5, made(shards, 5) + 1)
         )
-        with pytest.raises(RuntimeError, match=r"the disk is full, .* was not written; everything before it is kept"):
+        with pytest.raises(
+            RuntimeError, match=r"the disk is full, .* was not written; everything before it is kept"
+        ) as told:
             act()
+    assert where == "mkdir" or re.search(r"shard-00000005\.npz \(\d+ bytes\) was not", str(told.value))
     assert {file.name: file.read_bytes() for file in shards.folder.iterdir()} == before
     assert not (tmp_path / "new").exists()
     shards.write(5, made(shards, 5))
+
+
+@pytest.mark.parametrize(
+    ("count", "said"), [(0, "0 bytes"), (999, "999 bytes"), (1000, "1.0 kB"), (412_300, "412.3 kB"), (41e6, "41.0 MB")]
+)
+def test_numbers_of_bytes_can_be_read(count: int, said: str) -> None:
+    assert _amount(count) == said
 
 
 def test_other_failures_of_the_disk_are_themselves(shards: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:

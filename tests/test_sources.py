@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
 import types
 from pathlib import Path
@@ -14,7 +15,7 @@ from PIL import Image
 
 from iec.evaluate.images import save_each
 from iec.evaluate.shards import ShardSet
-from iec.evaluate.sources import as_source, open_source
+from iec.evaluate.sources import as_source, by_number, open_source
 
 
 def pixels(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -42,6 +43,27 @@ def test_a_folder_of_pictures_is_read_in_the_order_of_its_paths(tmp_path: Path, 
     assert torch.equal(source.images(4), images[:4])
     with pytest.raises(ValueError, match="5 images, 6 were asked for"):
         source.images(6)
+
+
+def test_numbers_in_names_count_by_their_values(tmp_path: Path) -> None:
+    images = pixels(12, 1, 4, 4)
+    save_each(images, tmp_path / "padded", range(12))
+    for number, file in enumerate(sorted((tmp_path / "padded").iterdir())):
+        (tmp_path / "counted").mkdir(exist_ok=True)
+        (tmp_path / "counted" / f"img{number}.png").write_bytes(file.read_bytes())
+    assert torch.equal(open_source(tmp_path / "counted").images(), images)
+    assert torch.equal(open_source(tmp_path / "padded").images(), images)
+
+
+def test_names_with_equally_many_digits_keep_the_order_of_text() -> None:
+    random = np.random.default_rng(0)
+    for _ in range(50):
+        names = ["".join(random.choice(list("a.-_Z/5~é"), 4)).strip("/") for _ in range(30)]  # one digit at a time
+        paths = [Path(re.sub("5+", lambda _: f"{random.integers(1000):03d}", name)) for name in names]
+        assert sorted(paths, key=by_number) == sorted(paths)
+    files = [Path(f"a{folder}/{seed}.png") for folder in (2, 10) for seed in (9, 999999, 1000000)]
+    assert sorted(reversed(files), key=by_number) == files
+    assert sorted([Path("01"), Path("1")], key=by_number) == sorted([Path("1"), Path("01")], key=by_number)
 
 
 def test_modes_of_pictures(tmp_path: Path) -> None:
@@ -119,7 +141,7 @@ def test_arrays_of_every_layout(tmp_path: Path, layout: str) -> None:
         (np.full((2, 4, 4, 3), np.nan), r"images \[0, 1\] hold NaN or infinity"),
         (np.zeros((2, 4, 4, 4), np.uint8), r"\(2, 4, 4, 4\); expected 1 or 3 channels"),
         (np.zeros(3, np.uint8), r"uint8 \(3,\)"),
-        (np.array([{}]), "cannot be read as images"),  # a pickle
+        (np.array([{}]), "cannot be read: it holds Python objects, expected numbers"),  # a pickle
     ],
 )
 def test_arrays_that_are_no_images(tmp_path: Path, array: np.ndarray, message: str) -> None:
@@ -130,9 +152,7 @@ def test_arrays_that_are_no_images(tmp_path: Path, array: np.ndarray, message: s
 
 def test_array_files_that_are_damaged_or_hold_something_else(tmp_path: Path) -> None:
     np.savez(tmp_path / "other.npz", labels=np.zeros(3))
-    with pytest.raises(
-        ValueError, match=r"other\.npz: cannot be read as images: holds labels; expected images as arr_0"
-    ):
+    with pytest.raises(ValueError, match=r"other\.npz: cannot be read: it holds labels; expected images as arr_0"):
         open_source(tmp_path / "other.npz").images()
     np.savez(tmp_path / "cut.npz", pixels(9, 3, 9, 9).numpy())
     (tmp_path / "cut.npz").write_bytes((tmp_path / "cut.npz").read_bytes()[:500])
@@ -142,6 +162,15 @@ def test_array_files_that_are_damaged_or_hold_something_else(tmp_path: Path) -> 
     (tmp_path / "cut.npy").write_bytes((tmp_path / "cut.npy").read_bytes()[:500])
     with pytest.raises(ValueError, match=r"cut\.npy: cannot be read"):
         open_source(tmp_path / "cut.npy").images()
+    for name, kind in (("text.npz", r"no \.npz archive"), ("text.npy", r"no \.npy file")):
+        (tmp_path / name).write_text("neither")
+        with pytest.raises(ValueError, match=kind) as told:
+            open_source(tmp_path / name).images()
+        assert "pickle" not in str(told.value)
+    np.save(tmp_path / "array.npy", pixels(2, 3, 9, 9).numpy())
+    (tmp_path / "array.npy").rename(tmp_path / "array.npz")  # numpy would read it, but it is no archive of arrays
+    with pytest.raises(ValueError, match=r"array\.npz: cannot be read: it is no \.npz archive"):
+        open_source(tmp_path / "array.npz").images()
     np.save(tmp_path / "none.npy", pixels(0, 3, 9, 9).numpy())
     with pytest.raises(ValueError, match="no images in it"):
         open_source(tmp_path / "none.npy").images()
@@ -233,7 +262,10 @@ def test_places_that_are_none(tmp_path: Path) -> None:
         open_source(tmp_path)
     (tmp_path / "notes.txt").write_text("")
     with pytest.raises(ValueError, match=r"notes\.txt: no image; expected \.png"):
-        open_source(tmp_path / "notes.txt").images()
+        open_source(tmp_path / "notes.txt")
+    for name in ("notes.txt", "absent"):
+        with pytest.raises(ValueError, match=r"expected .*\.npz.*, statistics$"):
+            open_source(tmp_path / name, also=("statistics",))
 
 
 def test_images_in_memory_are_a_source() -> None:

@@ -129,23 +129,23 @@ class Measuring:
         statistics = self.folder.statistics(cell, self.key(cell))
         targets, given = self.targets(cell), self.recipe.metrics
         resampled: dict[str, Any] = {}
-        self.refused: dict[str, str] = {}
+        refused: dict[str, str] = {}
         for name in given.names:
             if name.partition("_")[2] and name.partition("_")[2] not in targets:
                 continue
             try:
                 single = evaluate_statistics(statistics, self.reference, [name], draws=given.draws, seed=given.seed)
             except ValueError as error:  # too few images for it
-                self.refused[name] = str(error)
+                refused[name] = str(error)
                 continue
             resampled |= single.resampled
         references = {} if self.reference is None else {"data": self.reference.name}
-        return Evaluation(len(statistics), statistics.network, references, resampled)
+        return Evaluation(len(statistics), statistics.network, references, resampled, left_out=refused)
 
     def line(self, cell: Cell) -> dict[str, Any]:
         """The line of a cell for results.jsonl, which depends on nothing but the images and the recipe."""
         ours = self.evaluation(cell)
-        notes = [f"{name} left out: {why}" for name, why in self.refused.items()]
+        notes = [f"{name} left out: {why}" for name, why in ours.left_out.items()]
         differences = {}
         for other in cell.beside:
             theirs = self.evaluation(self.plan.cells[other])

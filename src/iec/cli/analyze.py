@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from iec.cli.console import bar, print_json, stdout
+from iec.cli.console import bar, print_json, stderr, stdout
+from iec.cli.outputs import check_folder
 from iec.cli.sample import _factors
 
 
@@ -59,8 +61,6 @@ def analyze(
     as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
 ) -> None:
     """Analyse a model: norms of its steps, errors along the trajectory, what IEC does to them. Stopped, it goes on."""
-    import contextlib
-
     from diffusers.utils import logging
 
     import iec
@@ -70,12 +70,13 @@ def analyze(
     from iec.evaluate.sampled import equipped
     from iec.evaluate.sampling import with_scheduler
 
+    check_folder("--out", out)
     place, steps = choose_device(device), steps or ("all" if cache is None else "refresh")
     iec.plan.parse(steps)  # a bad plan is told before a large model is loaded
     if steps == "none":
         raise ValueError("--steps none corrects nothing, and what corrections do is analysed; choose some")
     paired = quant is not None or cache is not None
-    kinds = [kind for kind in KINDS if paired or kind not in PAIRED] if what is None else _listed(what)
+    kinds = [kind for kind in KINDS if paired or kind not in PAIRED] if what is None else _kinds(what, KINDS)
     options: dict[str, Any] = {}
     if lambdas is not None:
         options["spectral"] = {"relax": _numbers(lambdas, float, "--lambdas 0.1,0.5")}
@@ -94,6 +95,7 @@ def analyze(
     ways = [text for text in (quant and quant.name, cache) if text]
     title = f"{Path(model).name}{''.join(f', {way}' for way in ways)}, {num_inference_steps} steps, {num} samples"
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_resumable(out))
         efficient = stack.enter_context(equipped(loaded(), calibration=calibration, cache=cache)) if paired else None
         shown = stack.enter_context(bar("{task.description}", transient=True))
         tasks: dict[str, Any] = {}
@@ -126,6 +128,32 @@ def analyze(
         stdout.print(f"• {line}", markup=False, highlight=False)
     files = "\n".join(str(out / f"{kind}.png") for kind in study.rows)
     stdout.print(f"\n{files}\nand the numbers beside each, as .csv and .json", markup=False, highlight=False)
+
+
+@contextlib.contextmanager
+def _resumable(folder: Path) -> Iterator[None]:
+    """Tell one who interrupts the work how it goes on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        stderr.print(
+            f"Stopped; what is done is in {folder}. The same command goes on from there.",
+            style="yellow",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+        raise typer.Exit(130) from None
+
+
+def _kinds(text: str, known: Sequence[str]) -> list[str]:
+    """Those of --what. Raises ValueError for none, or an unknown one."""
+    kinds = _listed(text)
+    unknown = [kind for kind in kinds if kind not in known]
+    if unknown or not kinds:
+        named = ", ".join(unknown) or "nothing"
+        raise ValueError(f"--what: {named} is no kind of analysis; expected some of {', '.join(known)}")
+    return kinds
 
 
 def _listed(text: str) -> list[str]:

@@ -10,10 +10,21 @@ from typing import Annotated, Any
 import typer
 
 from iec.cli.console import bar, print_json, stdout
+from iec.cli.outputs import check_file, writing
 from iec.cli.sample import _factors
+
+_OF_SAMPLING = (
+    "seed",
+    "num_inference_steps",
+    "steps",
+    "relax",
+    "quant",
+    "cache",
+)  # options that mean nothing for images
 
 
 def evaluate(
+    context: typer.Context,
     images: Annotated[
         str | None, typer.Argument(help="A folder of images or shards, .npz, .npy or .parquet.", show_default=False)
     ] = None,
@@ -80,12 +91,19 @@ def evaluate(
 
     if (images is None) == (model is None):
         raise ValueError("give either images, or --model MODEL, which is sampled first")
+    if model is None:
+        _refuse_sampling(context)
     if draws == 1:
         raise ValueError("--draws 1: one resample tells no interval; give 2 or more, or 0 for no intervals")
+    if crop is not None and against is None:
+        raise ValueError("--crop scales the images of --against; give those, too")
+    if save is not None:
+        _check_save(save)
     place = choose_device(device)
     pairs = [_pair(text, model is not None) for text in target or []]
     others: dict[str, Any] = {name: open_source(spec) for name, spec in pairs if spec is not None}
     rival = None if baseline is None else open_source(baseline)
+    source: Any = None if images is None else open_source(images)
     texts = None if prompts is None else _lines(prompts)
     features = open_network(network, place)
     own = str(features.folder) if against is None and features.folder is not None else against
@@ -99,18 +117,20 @@ def evaluate(
         reference = None if own is None else open_reference(own, features, progress=progress("reference"), **told)
         found = possible(reference, [name for name, _ in pairs], texts is not None)
         chosen = found if metrics is None else tuple(dict.fromkeys(name.strip() for name in metrics.split(",")))
+        if clip_model is not None and "clip" not in chosen:
+            raise ValueError("--clip-model is for the metric clip; add --prompts FILE, and clip to --metrics if given")
         score = _clip(clip_model, place) if "clip" in chosen else None
-        source: Any = images
         if model is not None:
             made = [name for name, spec in pairs if spec is None]
             seeds = range(seed, seed + (500 if num is None else num))
             equipment = {"steps": steps, "relax": _factors(relax), "calibration": _calibration(quant), "cache": cache}
-            source, more = _sampled(
+            drawn, more = _sampled(
                 model, place, seeds, num_inference_steps, batch_size, made, equipment, texts, progress
             )
+            source = as_source(drawn, seed)
             others |= more
-        source = as_source(source, seed) if model is not None else open_source(source)
-        evaluations = []
+        gathered: list[Any] = []
+        evaluations: list[Any] = []
         for each, name in [(source, "features")] + ([] if rival is None else [(rival, "baseline")]):
             statistics = gather(
                 each,
@@ -125,9 +145,12 @@ def evaluate(
                 progress=progress(name),
                 rivals=None if rival is None or name == "baseline" else {"baseline": rival},
             )
-            if save is not None and name == "features":
-                statistics.save(save)
-            evaluations.append(evaluate_statistics(statistics, reference, chosen, draws=draws))
+            gathered.append(statistics)
+            # What was not asked for by name is left out where it cannot be had; of the baseline, what the images have.
+            wanted, left_out = (evaluations[0].metrics, False) if evaluations else (chosen, metrics is None)
+            evaluations.append(
+                evaluate_statistics(statistics, reference, tuple(wanted), draws=draws, leave_out=left_out)
+            )
     gaps = None if rival is None else difference(*evaluations)
     title = source.name if model is None else model
     scored = None if score is None else score.name
@@ -136,8 +159,30 @@ def evaluate(
         if gaps is not None:
             about |= {"baseline": baseline, "difference": {name: plain(interval) for name, interval in gaps.items()}}
         print_json(about)
-        return
-    _show(title, evaluations[0], gaps, scored, baseline)
+    else:
+        _show(title, evaluations[0], gaps, scored, baseline)
+    if save is not None:  # after the numbers are shown, as the disk may be full by now
+        with writing(save):
+            gathered[0].save(save)
+
+
+def _refuse_sampling(context: typer.Context) -> None:
+    """Raise ValueError for options of sampling, which mean nothing for images that are there."""
+    given = []
+    for name in _OF_SAMPLING:
+        origin = context.get_parameter_source(name)
+        given += [f"--{name.replace('_', '-')}"] if origin is not None and origin.name == "COMMANDLINE" else []
+    if given:
+        raise ValueError(
+            f"{', '.join(given)}: for a model that is sampled first; give --model MODEL in place of images"
+        )
+
+
+def _check_save(file: Path) -> None:
+    """Raise ValueError unless statistics can be kept as `file`, and found again by --against."""
+    if file.suffix != ".safetensors":
+        raise ValueError(f"--save {file}: statistics are kept as .safetensors; give {file.with_suffix('.safetensors')}")
+    check_file("--save", file)
 
 
 def _pair(text: str, sampled: bool) -> tuple[str, str | None]:
@@ -154,7 +199,11 @@ def _lines(file: Path) -> list[str]:
     try:
         return file.read_text(encoding="utf-8").splitlines()  # line i is image i's, as `iec sample` reads it
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: no text in UTF-8: {error}") from error
+        raise ValueError(f"--prompts {file}: no text in UTF-8: {error}") from error
+    except OSError as error:
+        raise ValueError(
+            f"--prompts {file}: cannot be read ({error.strerror}); expected a text file, line i for image i"
+        ) from error
 
 
 def _clip(name: str | None, device: str) -> Any:
@@ -208,15 +257,27 @@ def _show(title: str, evaluation: Any, gaps: Any, clip_model: str | None, baseli
     for name, interval in evaluation.metrics.items():
         cells = [name.replace("_", " to "), *_cells(interval)]
         table.add_row(*cells, *([] if gaps is None else _cells(gaps[name])))
-    data = evaluation.references.get("data")
-    note = [f"{evaluation.count} images of {title}", f"features of {evaluation.network}"]
-    note += [] if data is None else [f"against {data}"]
-    note += [] if clip_model is None else [f"clip by {clip_model}"]
-    note += [] if baseline is None else [f"baseline {baseline}, the same seeds, paired"]
     stdout.print(table)
-    stdout.print(
-        "; ".join(note) + ". FID is biased for few images: compare equal counts only.", style="dim", markup=False
-    )
+    stdout.print("; ".join(_notes(title, evaluation, clip_model, baseline)) + ".", style="dim", markup=False)
+    for why in evaluation.left_out.values():
+        stdout.print(f"Left out: {why}.", style="yellow", markup=False, highlight=False)
+
+
+def _notes(title: str, evaluation: Any, clip_model: str | None, baseline: str | None) -> list[str]:
+    """What the numbers are of, as far as it belongs to these."""
+    from iec.evaluate.measures import of_reference, of_sets
+
+    metrics = list(evaluation.metrics)
+    notes = [f"{evaluation.count} {'image' if evaluation.count == 1 else 'images'} of {title}"]
+    for target, count in evaluation.pairs.items():
+        notes += [] if count == evaluation.count else [f"compared with {target}: {count} of {evaluation.count} images"]
+    notes += [f"features of {evaluation.network}"] if of_sets(metrics) else []
+    notes += [f"against {evaluation.references['data']}"] if of_reference(metrics) else []
+    notes += [] if clip_model is None else [f"clip by {clip_model}"]
+    notes += [] if baseline is None else [f"baseline {baseline}, the same seeds, paired"]
+    if {"fid", "sfid"} & set(metrics):
+        notes[-1] += ". FID is biased for few images: compare equal counts only"
+    return notes
 
 
 def _cells(interval: Any) -> list[str]:

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from iec.cli.console import bar, print_json, stdout
+from iec.cli.console import bar, print_json, stderr, stdout
+from iec.cli.outputs import check_file, check_folder, writing
 from iec.cli.shards import Request, into_shards
 
 
@@ -116,6 +117,10 @@ def sample(
     from iec.evaluate.sampling import measure, with_scheduler
     from iec.evaluate.sampling import sample as sample_images
 
+    check_file("--out", out)
+    for option, folder in (("--save-images", save_images), ("--shards", shards)):
+        if folder is not None:
+            check_folder(option, folder)
     # What the machines of a Ray cluster have, this one need not have.
     place, factors = device if ray is not None else choose_device(device), _factors(relax)
     iec.plan.parse(steps), iec.plan.parse_probe(probe)  # what is bad is told before a large model is loaded
@@ -155,19 +160,25 @@ def sample(
         iec.enable(pipe, steps=steps, relax=factors, tol=tol, probe=probe)
 
     seeds = range(seed, seed + num)
-    with bar("images  {task.fields[evaluations]} evaluations", transient=True) as shown, measure(pipe) as cost:
-        task = shown.add_task("sampling", total=num, evaluations=0)
+    try:
+        with bar("images  {task.fields[evaluations]} evaluations", transient=True) as shown, measure(pipe) as cost:
+            task = shown.add_task("sampling", total=num, evaluations=0)
 
-        def progress(done: int, _: int) -> None:
-            shown.update(task, completed=done, evaluations=cost.evaluations)
+            def progress(done: int, _: int) -> None:
+                shown.update(task, completed=done, evaluations=cost.evaluations)
 
-        images = sample_images(
-            pipe, seeds, num_inference_steps, batch_size, progress=progress, **conditions.of(range(num))
-        )
+            images = sample_images(
+                pipe, seeds, num_inference_steps, batch_size, progress=progress, **conditions.of(range(num))
+            )
+    except KeyboardInterrupt:
+        stderr.print("Stopped; nothing is kept. With --shards DIR images are kept as they come.", style="yellow")
+        raise typer.Exit(130) from None
 
-    save_grid(images, out, columns)
+    with writing(out):
+        save_grid(images, out, columns)
     if save_images is not None:
-        save_each(images, save_images, seeds)
+        with writing(save_images):
+            save_each(images, save_images, seeds)
     batches = -(-num // batch_size)
     summary = iec.summary(pipe)
     if as_json:
@@ -190,10 +201,13 @@ def sample(
         )
         return
     per_batch = f" = {batches} batches of {cost.evaluations / batches:g}" if batches > 1 else ""
+    last = f"the last of {batches} batches"  # a summary is of one run
     beside = [] if summary.quant is None else [summary.quant]
     if summary.cache is not None:
-        beside.append(f"{summary.cache}: {summary.refreshed} whole passes, {summary.reused} reused")
-    for line in [str(summary)] if steps != "none" else beside:
+        passes = f"{summary.refreshed} whole passes, {summary.reused} reused"
+        beside.append(f"{summary.cache}: {passes}" + (f" in {last}" if batches > 1 else ""))
+    corrected = [f"Of {last}:", str(summary)] if batches > 1 else [str(summary)]
+    for line in corrected if steps != "none" else beside:
         stdout.print(line, markup=False, highlight=False, soft_wrap=True)
     counted = f"{num} images, {cost.evaluations} evaluations{per_batch}, {cost.seconds:.1f} s"
     stdout.print(f"{counted}\n{out}", markup=False, highlight=False, soft_wrap=True)

@@ -10,6 +10,7 @@ from typing import Any
 import typer
 
 from iec.cli.console import bar, print_json, stderr, stdout
+from iec.cli.outputs import writing
 
 SHOWN = 64  # images of the grid
 
@@ -85,7 +86,7 @@ def into_shards(
     if request.as_json:
         print_json(told)
         return
-    kept = f" ({total - result.made} of which were there)" if total > result.made else ""
+    kept = f" ({total - result.made} of them there before)" if total > result.made else ""
     counted = f"{request.num} images in {total} shards{kept}, {result.evaluations} evaluations, {seconds:.1f} s"
     stdout.print(f"{counted}\n{request.folder}\n{request.out}", markup=False, highlight=False, soft_wrap=True)
 
@@ -109,5 +110,7 @@ def _save(shards: Any, request: Request) -> None:
         images = torch.from_numpy(arrays["images"])
         first += list(images[: max(0, SHOWN - start)])
         if request.save_images is not None:
-            save_each(images, request.save_images, shards.seeds(start))
-    save_grid(torch.stack(first), request.out, request.columns)
+            with writing(request.save_images):
+                save_each(images, request.save_images, shards.seeds(start))
+    with writing(request.out):
+        save_grid(torch.stack(first), request.out, request.columns)

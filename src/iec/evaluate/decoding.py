@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import zipfile
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.lib.format import MAGIC_PREFIX
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 
@@ -69,26 +71,55 @@ def _pixels(image: Image.Image) -> torch.Tensor:
     return rows[None] if rows.ndim == 2 else rows.permute(2, 0, 1).contiguous()
 
 
+@contextlib.contextmanager
+def archive(file: Path) -> Iterator[Any]:
+    """The arrays of an .npz file by their names, `files`.
+
+    Raises ValueError, also for what is read within, when there is no such file, it is another one, is damaged or holds objects.
+    """
+    with _reading(file), open(file, "rb") as handle:
+        if not zipfile.is_zipfile(handle):  # numpy takes whatever else for a pickle, and says so
+            raise ValueError("it is no .npz archive, or was cut short")
+        handle.seek(0)
+        with np.load(handle, allow_pickle=False) as opened:
+            yield opened
+
+
+def _array(file: Path) -> np.ndarray:
+    """That of an .npy file, left on the disk. Raises ValueError as `archive` does."""
+    with _reading(file):
+        with open(file, "rb") as handle:
+            if not handle.read(len(MAGIC_PREFIX)).startswith(MAGIC_PREFIX):
+                raise ValueError("it is no .npy file")
+        return np.load(file, mmap_mode="r", allow_pickle=False)
+
+
+@contextlib.contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """Errors of reading within as ValueErrors that name the file."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise ValueError(f"{file}: no such file") from error
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        # numpy would have a pickle allowed, which runs whatever code is in it.
+        why = "it holds Python objects, expected numbers" if "allow_pickle" in str(error) else error
+        raise ValueError(f"{file}: cannot be read: {why}") from error
+
+
 def arrays_of(file: Path) -> Iterator[Picture]:
     """Images of an .npz (`arr_0` or `images`) or .npy file.
 
     Raises ValueError for a damaged file, one without such an array, or an array that holds no images.
     """
-    try:
-        if file.suffix.lower() == ".npy":
-            array = np.load(file, mmap_mode="r", allow_pickle=False)
-        else:
-            # numpy leaves a file that is no archive open.
-            with open(file, "rb") as handle, np.load(handle, allow_pickle=False) as opened:
-                name = next((n for n in ("arr_0", "images") if n in opened.files), None)
-                if name is None:
-                    found = ", ".join(opened.files) or "nothing"
-                    raise ValueError(f"holds {found}; expected images as arr_0 or images")
-                array = opened[name]
-    except FileNotFoundError as error:
-        raise ValueError(f"{file}: no such file") from error
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{file}: cannot be read as images: {error}") from error
+    if file.suffix.lower() == ".npy":
+        array = _array(file)
+    else:
+        with archive(file) as opened:
+            name = next((n for n in ("arr_0", "images") if n in opened.files), None)
+            if name is None:
+                raise ValueError(f"it holds {', '.join(opened.files) or 'nothing'}; expected images as arr_0 or images")
+            array = opened[name]
     if array.dtype.kind == "f":
         bad = np.flatnonzero(~np.isfinite(array).reshape(len(array), -1).all(1)) if array.ndim else []
         if len(bad):

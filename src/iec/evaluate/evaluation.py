@@ -20,7 +20,7 @@ import torch
 
 from iec.evaluate.bootstrap import DRAWS, Interval, Resampled
 from iec.evaluate.gathering import TextScore, statistics_of_source
-from iec.evaluate.measures import check, check_against, measured, paired_scores
+from iec.evaluate.measures import check, check_against, measured, paired_scores, partners
 from iec.evaluate.networks import FeatureExtractor, identity
 from iec.evaluate.references import ReferenceSet
 from iec.evaluate.sources import ImageSource, as_source
@@ -32,31 +32,32 @@ class Evaluation:
     """Metrics of `count` images on the feature network `network` ("name@identity").
 
     `references`: by "data" the name of the reference set, if there was one. `resampled`: each metric's values in the
-    bootstrap, which are the same resamples for every evaluation of as many images with the same draws and seed.
+    bootstrap, which are the same resamples for every evaluation of as many images with the same draws and seed. `pairs`: for each
+    target, how many of the images have a partner in it. `left_out`: the metrics that could not be had of so few images, and why.
     """
 
     count: int
     network: str
     references: Mapping[str, str]
     resampled: Mapping[str, Resampled]
+    pairs: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    left_out: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def metrics(self) -> dict[str, Interval]:
         """Every metric with its 95 % interval (NaN for its ends when nothing was resampled), in the order of the question."""
-        return {name: _interval(values) for name, values in self.resampled.items()}
+        return {name: values.interval() for name, values in self.resampled.items()}
 
     def plain(self) -> dict[str, Any]:
-        """JSON-able: {"count", "network", "references", "metrics": {name: {"value", "low", "high"}}}; infinities are null."""
+        """JSON-able: the fields, and "metrics": {name: {"value", "low", "high"}} for `resampled`; infinities are null."""
         return {
             "count": self.count,
             "network": self.network,
             "references": dict(self.references),
+            "pairs": dict(self.pairs),
+            "left_out": dict(self.left_out),
             "metrics": {name: plain(interval) for name, interval in self.metrics.items()},
         }
-
-
-def _interval(values: Resampled) -> Interval:
-    return values.interval() if len(values.draws) else Interval(values.value, math.nan, math.nan)
 
 
 def plain(interval: Interval) -> dict[str, float | None]:
@@ -71,19 +72,28 @@ def evaluate_statistics(
     *,
     draws: int = DRAWS,
     seed: int = 0,
+    leave_out: bool = False,
 ) -> Evaluation:
     """The `metrics` of images by their statistics, with `draws` resamples of them drawn with `seed`.
 
     fid, sfid, kid, precision and recall need a `reference` of the same network; the paired ones a score in `statistics`
     (rmse_fine: "mse_fine"). Intervals are about the images alone: the reference is taken as it is. `draws` of 0 gives no
-    intervals.
+    intervals. `leave_out`: go on without metrics that take more images, see `Evaluation.left_out`.
 
     Raises ValueError for an unknown metric, a missing reference or score, another network, or too few images.
     """
     check(metrics, statistics, reference)
-    values = {name: measured(name, statistics, reference, draws, seed) for name in metrics}
+    values: dict[str, Resampled] = {}
+    refused: dict[str, str] = {}
+    for name in metrics:
+        try:
+            values[name] = measured(name, statistics, reference, draws, seed)
+        except ValueError as error:
+            if not leave_out:
+                raise
+            refused[name] = str(error)
     names = {} if reference is None else {"data": reference.name}
-    return Evaluation(len(statistics), statistics.network, names, values)
+    return Evaluation(len(statistics), statistics.network, names, values, partners(list(values), statistics), refused)
 
 
 def gather(
@@ -108,9 +118,9 @@ def gather(
 
     Raises ValueError for unknown metrics, missing references, targets or prompts, and as `statistics_of_source` does.
     """
-    paired = paired_scores(metrics)
+    scores = paired_scores(metrics)
     given = dict(targets or {})
-    absent = [target for target in paired if target not in given]
+    absent = [target for target in scores if target not in given]
     if absent:
         raise ValueError(f"metrics compare with the target {absent[0]!r}, which is not given; give its images")
     if "clip" in metrics and (text_score is None or prompts is None):
@@ -119,8 +129,8 @@ def gather(
     return statistics_of_source(
         as_source(images),
         network,
-        targets={name: as_source(given[name]) for name in paired},
-        paired=paired,
+        targets={name: as_source(given[name]) for name in scores},
+        paired=scores,
         prompts=prompts,
         text_score=text_score if "clip" in metrics else None,
         limit=limit,
@@ -169,4 +179,4 @@ def difference(a: Evaluation, b: Evaluation) -> dict[str, Interval]:
     if a.network != b.network:
         raise ValueError(f"evaluations on {a.network} and {b.network} cannot be compared")
     shared = (name for name in a.resampled if name in b.resampled)
-    return {name: _interval(a.resampled[name].minus(b.resampled[name])) for name in shared}
+    return {name: a.resampled[name].minus(b.resampled[name]).interval() for name in shared}

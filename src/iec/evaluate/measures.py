@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from iec.evaluate import intervals
 from iec.evaluate.bootstrap import Resampled, Scheme, of_mean
-from iec.evaluate.coverage import precision, recall
+from iec.evaluate.coverage import K, precision, recall
 from iec.evaluate.metrics import Moments, frechet_distance, inception_score, kernel_distance_exact
 from iec.evaluate.references import ReferenceSet
 from iec.evaluate.statistics import Statistics
@@ -22,15 +23,22 @@ class _OfSets(NamedTuple):
     against: str | None  # field of ReferenceSet
     value: Callable[..., float]
     resampled: Callable[..., Resampled]
+    least: int = 2  # images that it takes
+    drawn: int = 2  # images that its resamples take
+    real: int = 2  # images of the reference that it takes
+
+
+def _distance(features: torch.Tensor, moments: Moments) -> float:
+    return frechet_distance(Moments.of(features), moments)
 
 
 _SETS = {
-    "fid": _OfSets("pool", "moments", lambda x, m: frechet_distance(Moments.of(x), m), intervals.fid),
-    "sfid": _OfSets("spatial", "spatial", lambda x, m: frechet_distance(Moments.of(x), m), intervals.fid),
+    "fid": _OfSets("pool", "moments", _distance, intervals.fid),
+    "sfid": _OfSets("spatial", "spatial", _distance, intervals.fid),
     "kid": _OfSets("pool", "features", kernel_distance_exact, intervals.kid),
-    "is": _OfSets("logits", None, lambda x: inception_score(x).mean, intervals.inception),
-    "precision": _OfSets("pool", "features", precision, intervals.precision_of),
-    "recall": _OfSets("pool", "features", recall, intervals.recall_of),
+    "is": _OfSets("logits", None, lambda x: inception_score(x).mean, intervals.inception, 1, 1),
+    "precision": _OfSets("pool", "features", precision, intervals.precision_of, 1, 1, K + 1),
+    "recall": _OfSets("pool", "features", recall, intervals.recall_of, K + 1, 2 * (K + 1), 1),
 }
 
 
@@ -90,6 +98,22 @@ def paired_scores(metrics: Sequence[str]) -> dict[str, tuple[str, ...]]:
     return found
 
 
+def of_sets(metrics: Sequence[str]) -> list[str]:
+    """Those of `metrics` that are of a feature network."""
+    return [name for name in metrics if name in _SETS]
+
+
+def of_reference(metrics: Sequence[str]) -> list[str]:
+    """Those of `metrics` that compare with the images of a reference."""
+    return [name for name in of_sets(metrics) if _SETS[name].against is not None]
+
+
+def partners(metrics: Sequence[str], statistics: Statistics) -> dict[str, int]:
+    """For each target that `metrics` name, how many of the images have a partner in it."""
+    scores = {target: f"{kinds[0]}_{target}" for target, kinds in paired_scores(metrics).items()}
+    return {target: len(statistics.score(score)) for target, score in scores.items()}
+
+
 def check_against(metrics: Sequence[str], network: str, reference: ReferenceSet | None) -> None:
     """Raise ValueError unless all `metrics` exist and find in `reference` what they need, for features of `network`."""
     for metric in metrics:
@@ -127,7 +151,10 @@ def check(metrics: Sequence[str], statistics: Statistics, reference: ReferenceSe
 
 
 def measured(metric: str, statistics: Statistics, reference: ReferenceSet | None, draws: int, seed: int) -> Resampled:
-    """The metric with its values in `draws` resamples; with none of them if `draws` is 0. Raises as `check` does."""
+    """The metric with its values in `draws` resamples; with none of them if `draws` is 0, or too few images have any.
+
+    Raises ValueError as `check` does, and when there are too few images, or too few in the reference.
+    """
     check([metric], statistics, reference)
     sets, images, score = _find(metric)
     if images is not None:
@@ -136,10 +163,32 @@ def measured(metric: str, statistics: Statistics, reference: ReferenceSet | None
         return found if draws else Resampled(found.value, np.empty(0), Scheme("none", len(values), seed))
     assert sets is not None
     rows = getattr(statistics, sets.rows)
-    given = (rows,) if sets.against is None else (rows, getattr(reference, sets.against))
+    real = None if sets.against is None else getattr(reference, sets.against)
+    _check_numbers(metric, sets, len(rows), reference, real)
+    given = (rows,) if real is None else (rows, real)
     try:
-        if draws == 0:
+        if draws == 0 or len(rows) < sets.drawn:
             return Resampled(sets.value(*given), np.empty(0), Scheme("none", len(rows), seed))
         return sets.resampled(*given, draws, seed)
     except ValueError as error:
-        raise ValueError(f"{metric} of {len(rows)} images: {error}") from error
+        raise ValueError(f"{metric} of {_images(len(rows))}: {error}") from error
+
+
+def _check_numbers(
+    metric: str, sets: _OfSets, count: int, reference: ReferenceSet | None, real: Moments | torch.Tensor | None
+) -> None:
+    """Raise ValueError unless there are images enough: `count` of ours, and those of the reference that `real` is of."""
+    if count < sets.least:
+        raise ValueError(f"{metric} of {_images(count)}: it takes at least {sets.least}; give more images")
+    if reference is None or real is None:
+        return
+    held = real.count if isinstance(real, Moments) else len(real)
+    if held < sets.real:
+        raise ValueError(
+            f"{metric}: the reference {reference.name!r} holds {_images(held)}, expected at least {sets.real}; give a "
+            "reference of more"
+        )
+
+
+def _images(count: int) -> str:
+    return "1 image" if count == 1 else f"{count} images"

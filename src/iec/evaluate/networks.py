@@ -62,7 +62,15 @@ class DomainExtractor:
         self.identity = file_identity(folder)
 
     def features(self, images: torch.Tensor, batch_size: int = 50) -> Extracted:
-        pool, logits = extract(self._network, _checked(images), batch_size)
+        takes, found = self._network.config.in_channels, _checked(images).shape[1]
+        if takes != found:
+            kind = {1: "grey", 3: "RGB"}
+            ours, theirs = (kind.get(number, f"of {number} channels") for number in (takes, found))
+            raise ValueError(
+                f"images are {theirs}, and the feature network {self.name} takes {ours} ones; convert them, or use Inception "
+                "(--network inception), which takes grey and RGB"
+            )
+        pool, logits = extract(self._network, images, batch_size)
         return Extracted(pool, logits)
 
 

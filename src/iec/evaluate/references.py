@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,12 @@ import numpy as np
 import torch
 
 from iec.artifact import fingerprint
+from iec.evaluate.decoding import archive
 from iec.evaluate.gathering import statistics_of_source
 from iec.evaluate.metrics import Moments
 from iec.evaluate.networks import FeatureExtractor, identity
 from iec.evaluate.reference import load_reference
-from iec.evaluate.sources import open_source
+from iec.evaluate.sources import by_number, open_source
 from iec.evaluate.statistics import Statistics
 
 
@@ -78,7 +78,7 @@ def open_reference(
         return ReferenceSet.of(Statistics.load(file, identity(network)), file.name)
     if file.suffix == ".npz" and (tables := _published(file)) is not None:
         return _from_published(file, tables, network)
-    source = open_source(spec, crop=crop)
+    source = open_source(spec, crop=crop, also=(".safetensors of `iec evaluate --save`",))
     kept = None
     if keep is not None:
         kept = Path(keep) / f"{_stamp(spec, identity(network), limit, crop, batch_size)}.safetensors"
@@ -92,10 +92,11 @@ def open_reference(
 
 
 def _stamp(spec: str, *options: Any) -> str:
-    """16 hex digits that change with the options and with any file of `spec`, told by its size and time."""
+    """16 hex digits that change with the options and with any file of `spec`, told by its size and time, and their order."""
     head = spec if Path(spec).exists() or ":" not in spec else spec.rpartition(":")[0]  # FOLDER:SPLIT
     root = Path(head)
-    files = sorted(path for path in root.rglob("*") if path.is_file()) if root.is_dir() else [root] * root.is_file()
+    below = root.rglob("*") if root.is_dir() else [root]
+    files = sorted((path for path in below if path.is_file()), key=by_number)
     states = [[path.relative_to(root).as_posix(), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
     return fingerprint.plain([str(root.resolve()) if files else spec, spec[len(head) :], *options, states])[:16]
 
@@ -121,16 +122,10 @@ def _bundled(spec: str, network: FeatureExtractor) -> ReferenceSet | None:
 
 def _published(file: Path) -> dict[str, np.ndarray] | None:
     """mu, sigma (and mu_s, sigma_s) of an .npz file; None if it holds images."""
-    try:
-        # numpy leaves a file that is no archive open.
-        with open(file, "rb") as handle, np.load(handle, allow_pickle=False) as opened:
-            if "mu" not in opened.files:
-                return None
-            return {name: opened[name] for name in ("mu", "sigma", "mu_s", "sigma_s") if name in opened.files}
-    except FileNotFoundError as error:
-        raise ValueError(f"{file}: no such file") from error
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{file}: cannot be read, damaged or cut short: {error}") from error
+    with archive(file) as opened:
+        if "mu" not in opened.files:
+            return None
+        return {name: opened[name] for name in ("mu", "sigma", "mu_s", "sigma_s") if name in opened.files}
 
 
 def _from_published(file: Path, tables: dict[str, np.ndarray], network: FeatureExtractor) -> ReferenceSet:

@@ -2,10 +2,10 @@
 
 | spec | images |
 |---|---|
-| a folder of pictures | every PNG, JPEG, WebP, BMP, TIFF, GIF or PPM below it, sorted by path |
+| a folder of pictures | every PNG, JPEG, WebP, BMP, TIFF, GIF or PPM below it, by path, numbers in it by value |
 | a folder of shards | those of `iec sample --shards`, in the order of their seeds |
 | `FILE.npz` | its array `arr_0` (or `images`), as guided-diffusion's batches |
-| `FILE.npy`, a folder of them | arrays, sorted by name |
+| `FILE.npy`, a folder of them | arrays, by path as well |
 | `FILE.parquet`, a folder of them | a column of encoded images (`image` or `img`), as on the Hub; `FOLDER:SPLIT` for one split |
 | `datasets:NAME:SPLIT` | a dataset that the library `datasets` can load |
 
@@ -15,7 +15,8 @@ Arrays are uint8 (N, H, W, C), (N, C, H, W) or (N, H, W). All images of a source
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ import torch
 from iec.evaluate.decoding import Picture, arrays_of, decoded, table_rows
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
+_FILES = (*PICTURES, ".npz", ".npy", ".parquet")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,16 +94,27 @@ def as_source(images: torch.Tensor | ImageSource, seed: int | None = None) -> Im
     return ImageSource("images", lambda: (Picture(*each) for each in zip(images, places, strict=True)))
 
 
-def open_source(spec: str | Path, *, crop: int | None = None) -> ImageSource:
+def by_number(path: Path) -> tuple[list[list[tuple[int, int]]], Path]:
+    """Key of the order in which files are read: by path, character by character, but whole numbers by value: img2 before img10.
+
+    Names whose numbers have equally many digits are ordered as plain text is.
+    """
+    # A number stands where its digits stand among other characters.
+    parts = [re.findall(r"(\d+)|(.)", part, re.ASCII | re.DOTALL) for part in path.parts]
+    return [[(ord("0"), int(digits)) if digits else (ord(other), 0) for digits, other in part] for part in parts], path
+
+
+def open_source(spec: str | Path, *, crop: int | None = None, also: Sequence[str] = ()) -> ImageSource:
     """The images that `spec` names (see the head of this module).
 
     `crop`: scale each so that its shorter side has that many pixels (bicubic, smoothed), and keep the middle; for real
-    photographs of many sizes. Nothing is read yet, so a bad image is only told when it is met.
+    photographs of many sizes. `also`: what else the caller would have taken, for messages. Nothing is read yet, so a bad image
+    is only told when it is met.
 
     Raises ValueError when there is no such thing, or it holds no images.
     """
     name = str(spec)
-    opened = _open(name)
+    opened = _open(name, also)
     if crop is None:
         return opened
     if crop < 1:
@@ -109,7 +122,7 @@ def open_source(spec: str | Path, *, crop: int | None = None) -> ImageSource:
     return ImageSource(name, lambda: (picture.cropped(crop) for picture in opened.pictures()))
 
 
-def _open(name: str) -> ImageSource:
+def _open(name: str, also: Sequence[str]) -> ImageSource:
     if name.startswith("datasets:"):
         return ImageSource(name, lambda: _dataset(name))
     path, split = Path(name), None
@@ -117,11 +130,14 @@ def _open(name: str) -> ImageSource:
         head, _, split = name.rpartition(":")
         path = Path(head)
     if path.is_file() and split is None:
+        if path.suffix.lower() not in _FILES:
+            raise ValueError(f"{path}: no image; expected {', '.join((*_FILES, *also))}")
         return ImageSource(name, lambda: _file(path))
     if path.is_dir():
         return _folder(name, path, split)
+    others = "".join(f", {each}" for each in also)
     raise ValueError(
-        f"{name}: no such file or folder; expected a folder of images, .npz, .npy, .parquet or datasets:NAME"
+        f"{name}: no such file or folder; expected a folder of images, .npz, .npy, .parquet or datasets:NAME{others}"
     )
 
 
@@ -130,7 +146,8 @@ def _folder(name: str, folder: Path, split: str | None) -> ImageSource:
 
     if (folder / MANIFEST).is_file() and split is None:
         return ImageSource(name, lambda: _shards(folder))
-    below = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    below = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
+    below.sort(key=by_number)
     tables = [path for path in below if path.suffix == ".parquet"]
     if tables:
         # The Hub's files are called SPLIT-00000-of-00001.parquet.
@@ -166,10 +183,8 @@ def _file(file: Path) -> Iterator[Picture]:
     elif kind == ".parquet":
         for number, data in enumerate(table_rows(file)):
             yield decoded(data, f"{file}, row {number}")
-    elif kind in PICTURES:
-        yield decoded(file, str(file))
     else:
-        raise ValueError(f"{file}: no image; expected {', '.join(PICTURES)}, .npz, .npy or .parquet")
+        yield decoded(file, str(file))
 
 
 def _shards(folder: Path) -> Iterator[Picture]:

@@ -45,9 +45,12 @@ def load(model: str | Path, **kwargs: Any) -> Any:
     try:
         return _pipeline_class(Path(folder or model)).from_pretrained(str(folder or model), **kwargs)
     except OSError as error:
+        if Path(model).is_dir():
+            raise ValueError(f"{model}: a folder that holds no pipeline which diffusers can load: {error}") from error
+        # diffusers speaks of a traceback, and of options that are not ours; the cause keeps what it says.
         raise ValueError(
-            f"no model {str(model)!r}: neither bundled ({', '.join(_bundled())}), nor a folder, nor to be had from the "
-            f"Hub: {error}"
+            f"no model {str(model)!r}: neither bundled ({', '.join(_bundled())}), nor a folder, nor to be had from the Hub, nor "
+            "downloaded before; give one of these (of the Hub OWNER/NAME, with a network)"
         ) from error
 
 
